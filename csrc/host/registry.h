@@ -1,0 +1,21 @@
+#pragma once
+// The kernels of this build, one entry per (architecture family, head dimension, dtype).  Tables end with a null launch.
+// Defined in the generated registry.cpp; read by dispatch.cpp only.
+#include "flash.h"
+
+namespace flash {
+
+template <class Params>
+struct Entry {
+  int family, head_dim;
+  DType dtype;
+  cudaError_t (*launch)(Params const&, cudaStream_t);
+};
+using FwdEntry = Entry<FwdParams>;
+using BwdEntry = Entry<BwdParams>;
+
+extern FwdEntry const kFwdEntries[];
+extern BwdEntry const kBwdEntries[];
+extern char const* const kBuiltArchs;
+
+}  // namespace flash

@@ -1,0 +1,28 @@
+#pragma once
+// From a tile's coordinates to memory.  Used by every kernel.
+#include <cute/config.hpp>
+
+#include "flash.h"
+
+namespace flash {
+
+// First element of one head's (seqlen, head_dim) matrix.
+template <class Element>
+CUTE_DEVICE Element* matrix_of(TensorRef const& tensor, int batch, int head) {
+  return static_cast<Element*>(tensor.data) + batch * tensor.batch_stride + head * tensor.head_stride;
+}
+
+// blockIdx.x, read anew: the compiler cannot keep what was computed from an earlier read.
+CUTE_DEVICE int block_index_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
+// The same value, of which the compiler knows nothing: what follows from it is computed where it is used.
+CUTE_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+}  // namespace flash

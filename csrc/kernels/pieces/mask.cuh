@@ -1,0 +1,32 @@
+#pragma once
+// Writes -inf over the scores that a query may not see.
+// Used by: fwd_mainloop (S, queries down) and bwd_mainloop (S^T, keys down).  Knows nothing about softmax.
+#include <cute/tensor.hpp>
+
+#include "pieces/visibility.cuh"
+
+namespace flash {
+using namespace cute;
+
+// row0, col0: first query and first key of this tile.  kTransposed: the accumulator holds S^T.
+template <bool kTransposed, class TiledMma, class TileShape, class TensorS, MaskKind kMask>
+CUTE_HOST_DEVICE void mask_scores(TensorS& tSrS, Visibility<kMask> const& see, int row0, int col0,
+                                  int thread) {
+  constexpr int kQ = kTransposed ? 1 : 0, kK = 1 - kQ;
+  Tensor cS    = make_identity_tensor(TileShape{});             // (i,j) -> (i,j)
+  Tensor tScS  = TiledMma{}.get_slice(thread).partition_C(cS);  // coordinates this thread holds
+  Tensor t0ScS = TiledMma{}.get_slice(_0{}).partition_C(cS);    // thread 0's: known at compile time
+  // All threads hold thread 0's coordinates plus one constant pair.  Moving that pair to the bounds leaves one
+  // register-against-immediate compare per score (PTX, causal 128x64 tile, 64 scores: 64 setp, 19 add).
+  int const thread_q = row0 + int(get<kQ>(tScS(_0{}))), thread_k = col0 + int(get<kK>(tScS(_0{})));
+  CUTE_UNROLL
+  for (int i = 0; i < size(tSrS); ++i) {
+    int const q = thread_q + int(get<kQ>(t0ScS(i))), k = get<kK>(t0ScS(i));
+    int const end = see.end_key(q) - thread_k, first = see.first_key(q) - thread_k;
+    bool hidden = k >= end;
+    if constexpr (see.kHasLeft) { hidden |= k < first; }  // not ||: its branch costs 127 more adds
+    if (hidden) { tSrS(i) = -INFINITY; }
+  }
+}
+
+}  // namespace flash

@@ -1,0 +1,50 @@
+#pragma once
+// Numbers: fp32 accumulators to 16 bits, base-2 exponentials, reductions over the four lanes that share a row.
+// Used by: the main loops and epilogues.
+#include <cute/tensor.hpp>
+#include <cutlass/numeric_conversion.h>
+#include <cutlass/numeric_types.h>
+
+namespace flash {
+using namespace cute;
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// out = in rounded to out's type, two values per instruction.
+template <class TensorOut, class TensorIn>
+CUTE_DEVICE void round_into(TensorOut& out, TensorIn const& in) {
+  constexpr int kSize = decltype(size(in))::value;
+  static_assert(kSize % 2 == 0, "values are rounded in pairs");
+  using Element = typename TensorOut::value_type;
+  cutlass::NumericArrayConverter<Element, float, 2> round_pair;
+  auto const* source = reinterpret_cast<cutlass::Array<float, 2> const*>(in.data());
+  auto* target       = reinterpret_cast<cutlass::Array<Element, 2>*>(out.data());
+  CUTE_UNROLL
+  for (int i = 0; i < kSize / 2; ++i) { target[i] = round_pair(source[i]); }
+}
+
+// A rounded copy of a register tensor.
+template <class Element, class TensorIn>
+CUTE_DEVICE auto round_to(TensorIn const& in) {
+  Tensor out = make_tensor<Element>(in.layout());
+  round_into(out, in);
+  return out;
+}
+
+CUTE_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+CUTE_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+}
+
+CUTE_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 2);
+  return x + __shfl_xor_sync(~0u, x, 1);
+}
+
+}  // namespace flash

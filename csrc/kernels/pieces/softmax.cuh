@@ -1,0 +1,109 @@
+#pragma once
+// Running softmax of one query tile: reference maximum and sum per row, in base 2 with the scale folded into the exponent.
+// Used by: fwd_mainloop.  Knows nothing of masks: hidden scores arrive as -inf.
+// Invariant: after step(), O and row_sum are relative to the same row_ref.
+#include "pieces/fragment.cuh"
+#include "pieces/numeric.cuh"
+
+namespace flash {
+
+// The reference is the row maximum, or an older maximum that is smaller by at most this many powers of two: O is rescaled
+// only when the maximum outgrows it.  P <= 2^8 then, far inside fp16, and no bit of precision is lost.
+constexpr float kLazyRescaleLog2 = 8.f;
+// Beyond this size of the scaled reference, one FFMA for (s - ref) * scale loses more than 2^-8 to the rounding of
+// ref * scale.
+constexpr float kLargeLog2 = 65536.f;
+
+// The smallest scale: with 0, hidden scores of -inf would become NaN.
+constexpr float kMinScaleLog2 = 1e-30f;
+// Scaled reference of a row that has seen no key: finite, so that exp2(-inf - it) is 0 and not NaN.
+constexpr float kNoReference = -1e30f;
+
+template <int kRows>
+struct Softmax {
+  static constexpr int kRowCount = kRows;
+  float row_ref[kRows];   // unscaled; -inf: no key seen
+  float offset[kRows];    // what is subtracted from the scaled scores: row_ref * scale_log2, or 0 where that is large
+  float row_sum[kRows];   // this lane's part until finish()
+  float scale_log2;       // softmax_scale * log2(e), at least kMinScaleLog2
+  bool shift_first;       // some row's reference is large: scores are shifted before they are scaled
+
+  CUTE_DEVICE explicit Softmax(float scale_log2_) : scale_log2(fmaxf(scale_log2_, kMinScaleLog2)), shift_first(false) {
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) { row_ref[r] = -INFINITY, offset[r] = kNoReference, row_sum[r] = 0.f; }
+  }
+
+  // The references of this block of scores (kRows, columns).  True, for the whole warp, when some reference has moved: then O,
+  // once it holds all earlier blocks, must be multiplied by shrink.
+  template <class TensorS>
+  CUTE_DEVICE bool update(TensorS& scores, float (&shrink)[kRows]) {
+    float row_max[kRows];
+    bool moves = shift_first;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      row_max[r] = scores(r, 0);
+      CUTE_UNROLL
+      for (int c = 1; c < size<1>(scores); ++c) { row_max[r] = fmaxf(row_max[r], scores(r, c)); }
+      row_max[r] = quad_max(row_max[r]);
+      moves |= fmaf(row_max[r], scale_log2, -offset[r]) > kLazyRescaleLog2;
+    }
+    moves = __any_sync(~0u, moves);
+    if (moves) { move_references(scores, row_max, shrink); }
+    return moves;
+  }
+
+  // Column c of the scores becomes P.
+  template <class TensorS>
+  CUTE_DEVICE void exponentials(TensorS& scores, int c) {
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      scores(r, c) = exp2_approx(fmaf(scores(r, c), scale_log2, -offset[r]));
+      row_sum[r] += scores(r, c);
+    }
+  }
+
+  template <class TensorO>
+  CUTE_DEVICE static void rescale(TensorO& o_rows, float const (&shrink)[kRows]) {
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(o_rows); ++c) { o_rows(r, c) *= shrink[r]; }
+    }
+  }
+
+  // After the last block: LSE (natural log, +inf where no key was seen), and row_sum becomes 1 / sum (0 there).
+  CUTE_DEVICE void finish(float (&lse)[kRows]) {
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      float const sum = quad_sum(row_sum[r]);
+      bool const none = sum == 0.f;  // not row_ref == -inf: a row of NaN has no reference either, and stays NaN
+      lse[r]          = none ? INFINITY : (row_ref[r] * scale_log2 + __log2f(sum)) * kLn2;
+      row_sum[r]      = none ? 0.f : 1.f / sum;
+    }
+  }
+
+ private:
+  // Rare: after the first blocks of a row its maximum seldom grows by kLazyRescaleLog2.
+  template <class TensorS>
+  CUTE_DEVICE void move_references(TensorS& scores, float const (&row_max)[kRows], float (&shrink)[kRows]) {
+    bool any_large = false;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      float const ref  = fmaxf(row_ref[r], row_max[r]);
+      bool const none  = ref == -INFINITY;
+      bool const large = !none && fabsf(ref) * scale_log2 > kLargeLog2;
+      shrink[r]        = none ? 1.f : exp2_approx((row_ref[r] - ref) * scale_log2);
+      row_ref[r]       = ref;
+      offset[r]        = none ? kNoReference : large ? 0.f : ref * scale_log2;
+      row_sum[r] *= shrink[r];
+      any_large |= large;
+      if (large) {
+        CUTE_UNROLL
+        for (int c = 0; c < size<1>(scores); ++c) { scores(r, c) -= ref; }
+      }
+    }
+    shift_first = __any_sync(~0u, any_large);
+  }
+};
+
+}  // namespace flash

@@ -1,0 +1,72 @@
+#pragma once
+// Who sees whom: which keys a query row may read, which queries a key reaches, and which blocks that makes.
+// Used by: the forward main loop (key_blocks), the backward main loop (query_blocks), mask.cuh.
+// Plain integers, no CuTe: compiles with g++ and is checked exhaustively on the CPU.
+#include "flash.h"
+#include "pieces/integers.cuh"
+
+namespace flash {
+
+// Every mask is one half-open key interval per query row q, with shift = seqlen_k - seqlen_q (the last query is aligned
+// with the last key):
+//
+//   none     [0,                         seqlen_k)
+//   causal   [0,                         min(seqlen_k, q + shift + 1))
+//   local    [max(0, q + shift - left),  min(seqlen_k, q + shift + right + 1))
+//
+// The inverse (which queries reach key k) is an interval too, so forward and backward share this struct.
+template <MaskKind kMask>
+struct Visibility {
+  int seqlen_q, seqlen_k, left, right;
+  static constexpr bool kHasLeft = kMask == MaskKind::kLocal, kHasRight = kMask != MaskKind::kNone;
+
+  FLASH_HD int shift() const { return seqlen_k - seqlen_q; }
+  FLASH_HD int reach() const { return kMask == MaskKind::kLocal ? right : 0; }
+
+  FLASH_HD int first_key(int q) const { return kHasLeft ? max_of(0, q + shift() - left) : 0; }
+  FLASH_HD int end_key(int q) const {
+    return kHasRight ? min_of(seqlen_k, q + shift() + reach() + 1) : seqlen_k;
+  }
+  FLASH_HD int first_query(int k) const { return kHasRight ? max_of(0, k - shift() - reach()) : 0; }
+  FLASH_HD int end_query(int k) const {
+    return kHasLeft ? min_of(seqlen_q, k - shift() + left + 1) : seqlen_q;
+  }
+};
+
+// Blocks of one pass, in order.  Invariant: first <= left_end <= right_begin <= end.
+//
+//   [first, left_end)        mask needed (left window edge)
+//   [left_end, right_begin)  every pair visible: no mask
+//   [right_begin, end)       mask needed (diagonal, or ragged end)
+struct BlockRange {
+  int first, left_end, right_begin, end;
+
+  FLASH_HD bool needs_mask(int block) const { return block < left_end || block >= right_begin; }
+};
+
+FLASH_HD BlockRange make_range(int first_any, int first_all, int end_all, int end_any, int block) {
+  int const first       = first_any / block;
+  int const end         = max_of(first, ceil_div(max_of(0, end_any), block));
+  int const left_end    = min_of(end, ceil_div(first_all, block));
+  int const right_begin = max_of(left_end, min_of(end, max_of(0, end_all) / block));
+  return {first, left_end, right_begin, end};
+}
+
+// Key blocks that query block m_block visits (forward).
+template <int kBlockM, int kBlockN, MaskKind kMask>
+FLASH_HD BlockRange key_blocks(Visibility<kMask> const& see, int m_block) {
+  int const top = m_block * kBlockM, bottom = min_of(top + kBlockM, see.seqlen_q) - 1;
+  return make_range(see.first_key(top), see.first_key(bottom), see.end_key(top),
+                    see.end_key(bottom), kBlockN);
+}
+
+// Query blocks that key block n_block visits (backward).  Keys beyond seqlen_k in a ragged last key block are the
+// caller's to mask: the range speaks of existing keys.
+template <int kBlockM, int kBlockN, MaskKind kMask>
+FLASH_HD BlockRange query_blocks(Visibility<kMask> const& see, int n_block) {
+  int const top = n_block * kBlockN, bottom = min_of(top + kBlockN, see.seqlen_k) - 1;
+  return make_range(see.first_query(top), see.first_query(bottom), see.end_query(top),
+                    see.end_query(bottom), kBlockM);
+}
+
+}  // namespace flash

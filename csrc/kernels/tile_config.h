@@ -1,0 +1,57 @@
+#pragma once
+// The tile table: one row per built head dimension.  Read by kernels, host code and tests; measurements in benchmarks/README.md.
+#include "pieces/integers.cuh"
+
+namespace flash {
+
+// Head dimensions with kernels of their own; others run in the next larger one.
+constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
+constexpr int kMaxHeadDim = 256;
+
+constexpr int built_head_dim(int head_dim) {
+  for (int built : kHeadDims) {
+    if (head_dim <= built) { return built; }
+  }
+  return 0;
+}
+
+struct FwdTile {
+  int block_m, block_n, warps, stages;  // a stage is one K and one V tile
+  bool q_in_regs;                       // Q fragments stay in registers instead of being read from shared memory per block
+  bool overlap_next;                    // softmax of a block beside P V of the one before (FwdMainloop)
+  int ctas;                             // thread blocks per SM that registers must allow
+};
+
+constexpr FwdTile fwd_tile(int head_dim) {
+  switch (head_dim) {
+    case 32:  return {128, 64, 4, 2, true, true, 2};
+    case 64:  return {128, 64, 4, 2, false, true, 2};
+    case 96:  return {128, 64, 4, 2, false, false, 2};
+    case 128: return {128, 64, 4, 2, false, false, 2};
+    case 192: return {128, 64, 8, 2, true, false, 1};
+    default:  return {128, 32, 8, 2, true, false, 1};
+  }
+}
+
+struct BwdTile {
+  int block_m, block_n, warps, stages;  // a stage is one Q and one dO tile
+  int sdp_keys;                         // warps along the keys in S^T and dP^T (the others go along the queries)
+  int dkv_keys;                         // warps along the keys in dK and dV (the others go along the head dimension)
+  int dq_queries;                       // warps along the queries in dQ (the others go along the head dimension)
+  int sub_m;                            // queries whose S^T and dP^T are in registers at a time
+  int ctas;
+};
+
+// sdp_keys == dkv_keys == warps keeps P^T and dS^T in registers as the A operand of dV and dK.
+constexpr BwdTile bwd_tile(int head_dim) {
+  switch (head_dim) {
+    case 32:  return {64, 128, 4, 2, 4, 4, 2, 32, 2};
+    case 64:  return {64, 128, 4, 2, 4, 4, 2, 32, 2};
+    case 96:  return {64, 64, 4, 2, 2, 2, 2, 64, 2};
+    case 128: return {64, 64, 4, 2, 2, 2, 2, 64, 2};
+    case 192: return {64, 64, 8, 2, 2, 2, 2, 64, 1};
+    default:  return {64, 64, 8, 2, 2, 2, 2, 64, 1};
+  }
+}
+
+}  // namespace flash

@@ -1,0 +1,118 @@
+"""`python -m flash_attn`: versions, GPUs, what is built, which path serves what, and what is missing."""
+
+import os
+import platform
+import shutil
+import sys
+
+import torch
+
+import flash_attn
+from flash_attn import _ops
+
+REBUILD = "in the source directory: pip install -v --no-build-isolation ."
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def _gpus() -> list[tuple[str, tuple[int, int]]]:
+    """(name, compute capability) of each visible GPU."""
+    if not torch.cuda.is_available():
+        return []
+    indices = range(torch.cuda.device_count())
+    return [(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in indices]
+
+
+def _kernels(info: dict) -> list[str]:
+    """The table of CUDA kernels: one row per pass and head dimension."""
+    rows = [("pass", "head_dim up to", "dtypes", "kernels")]
+    dtypes = ", ".join(info["dtypes"])
+    for family in info["families"]:
+        for head_dim in sorted(info["head_dims"]):
+            rows.append((family, str(head_dim), dtypes, "sm80 (mma.sync, cp.async)"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return [
+        "  ".join([cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)])
+        for row in rows
+    ]
+
+
+def _runs_on(archs: list[int], capability: tuple[int, int]) -> bool:
+    """Whether SASS for one of archs runs on a GPU: same major version, minor not newer than its."""
+    major, minor = capability
+    return any(arch // 10 == major and arch % 10 <= minor for arch in archs)
+
+
+def missing_pieces(
+    info: dict | None, cuda: str | None, gpus: list[tuple[str, tuple[int, int]]], nvcc: bool
+) -> list[str]:
+    """What keeps CUDA tensors from being served, and how to get it.
+
+    info: build_info() of the extension, None when it is not importable; cuda: CUDA version of torch or None;
+    gpus: (name, compute capability) of each GPU; nvcc: whether a CUDA compiler is on PATH.
+    """
+    missing = []
+    if cuda is None:
+        missing.append("a CUDA build of torch, for GPUs: see https://pytorch.org/get-started")
+    elif not gpus:
+        missing.append("a visible GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    if info is None and cuda is not None:
+        if not nvcc:
+            missing.append(f"a CUDA {cuda} toolkit (nvcc on PATH, or CUDA_HOME)")
+        missing.append(f"the extension flash_attn_2_cuda: {REBUILD}")
+    for name, capability in gpus:
+        target = 10 * capability[0] + capability[1]
+        if capability < MINIMUM_CAPABILITY:
+            missing.append(f"{name} is sm_{target}; the CUDA kernels need sm_80 or newer")
+        elif info is not None and not _runs_on(info["archs"], capability):
+            missing.append(
+                f"kernels for {name} (sm_{target}): FLASH_ATTN_CUDA_ARCHS={target}, then {REBUILD}"
+            )
+    return missing
+
+
+def report() -> str:
+    """The report as text."""
+    gpus = _gpus()
+    lines = [
+        f"flash_attn  {flash_attn.__version__}",
+        f"torch       {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        f"Python      {platform.python_version()} on {platform.system()} {platform.machine()}",
+    ]
+    for index, (name, (major, minor)) in enumerate(gpus):
+        lines.append(f"GPU {index}       {name}, compute capability {major}.{minor}")
+    if not gpus:
+        lines.append("GPU         none visible")
+
+    info = _ops.extension.build_info() if _ops.extension is not None else None
+    if info is None:
+        lines.append("extension   flash_attn_2_cuda is not built or does not import")
+    else:
+        archs = ", ".join(f"sm_{arch}" for arch in info["archs"])
+        lines.append(
+            f"extension   flash_attn_2_cuda for {archs}; CUDA {info['cuda_version']}, "
+            f"CUTLASS {info['cutlass_version']}"
+        )
+
+    lines += ["", "What serves what", "  CPU tensors: flash_attn/_reference.py, any head_dim, "]
+    lines[-1] += "fp64, fp32, bf16, fp16; forward and backward"
+    if info is None:
+        lines.append("  CUDA tensors: nothing in this installation")
+    else:
+        lines.append("  CUDA tensors, each head_dim in the next kernel that holds it:")
+        lines += [f"    {row}".rstrip() for row in _kernels(info)]
+    missing = missing_pieces(info, torch.version.cuda, gpus, _has_nvcc())
+    if missing:
+        lines += ["", "Missing", *(f"  {piece}" for piece in missing)]
+    return "\n".join(lines)
+
+
+def _has_nvcc() -> bool:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    return bool(shutil.which("nvcc")) or any(
+        home and os.path.isfile(os.path.join(home, "bin", "nvcc")) for home in homes
+    )
+
+
+if __name__ == "__main__":
+    print(report())
+    sys.exit(0)

@@ -1,0 +1,59 @@
+"""Devices, markers and the seed of the test run.
+
+Tests marked `cuda` are collected only where a GPU and the extension are there; those that are `slow`
+as well run only when -m names it (`-m slow`, `-m "slow or not slow"`).
+"""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # small cases: waiting for other threads would cost most of the time
+    config.addinivalue_line("markers", "slow: long or large; on the GPU, run with -m slow")
+    config.addinivalue_line("markers", "cuda: needs a GPU and the extension; else not collected")
+    config.addinivalue_line("markers", "gpus(count): skipped with fewer GPUs")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"attention: devices {cases.devices()}, FLASH_ATTN_TEST_SEED={cases.SEED}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marked = [mark for mark in metafunc.definition.iter_markers("parametrize")]
+    names = {n.strip() for m in marked for n in _names(m.args[0])}
+    if "device" in metafunc.fixturenames and "device" not in names:
+        cuda_only = metafunc.definition.get_closest_marker("cuda") is not None
+        metafunc.parametrize("device", ["cuda"] if cuda_only else cases.devices())
+
+
+def _names(argnames: str | tuple[str, ...] | list[str]) -> list[str]:
+    return argnames.split(",") if isinstance(argnames, str) else list(argnames)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if cases.why_no_cuda():
+        items[:] = [item for item in items if item.get_closest_marker("cuda") is None]
+    if "slow" not in (config.getoption("markexpr") or ""):
+        later = [i for i in items if i.get_closest_marker("slow") and i.get_closest_marker("cuda")]
+        config.hook.pytest_deselected(items=later)
+        items[:] = [item for item in items if item not in later]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    mark = item.get_closest_marker("gpus")
+    if mark is not None:
+        if torch.cuda.device_count() < mark.args[0]:
+            pytest.skip(f"needs {mark.args[0]} GPUs, has {torch.cuda.device_count()}")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """What a test allocates first holds NaN, so that reading it before writing shows."""
+    if cases.cuda_build() is not None:
+        from harness import poison
+
+        poison("cuda")

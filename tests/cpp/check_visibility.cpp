@@ -1,0 +1,127 @@
+// Exhaustive check of pieces/visibility.cuh over small problems: intervals, their inverses, and the blocks of both passes.
+#include <initializer_list>
+
+#include "check.h"
+#include "pieces/visibility.cuh"
+
+using namespace flash;
+using check::expect;
+
+long visited = 0, empty = 0, unmasked = 0, could_be_unmasked = 0;
+
+// The definition, written without intervals.
+template <MaskKind kMask>
+bool sees(Visibility<kMask> const& m, int q, int k) {
+  if (q < 0 || k < 0 || q >= m.seqlen_q || k >= m.seqlen_k) return false;
+  long const distance = long(k) - q - (long(m.seqlen_k) - m.seqlen_q);
+  if (kMask == MaskKind::kCausal) return distance <= 0;
+  if (kMask == MaskKind::kLocal) return distance <= m.right && distance >= -long(m.left);
+  return true;
+}
+
+#define CASE "mask %d, sq %d, sk %d, window %d %d"
+#define ARGS int(kMask), m.seqlen_q, m.seqlen_k, m.left, m.right
+
+template <MaskKind kMask>
+void check_intervals(Visibility<kMask> const& m) {
+  for (int q = 0; q < m.seqlen_q; ++q)
+    for (int k = 0; k < m.seqlen_k; ++k) {
+      bool const want = sees(m, q, k);
+      expect((k >= m.first_key(q) && k < m.end_key(q)) == want, CASE ": keys of query %d at %d",
+             ARGS, q, k);
+      expect((q >= m.first_query(k) && q < m.end_query(k)) == want,
+             CASE ": queries of key %d at %d", ARGS, k, q);
+    }
+}
+
+template <int kM, int kN, bool kBackward, MaskKind kMask>
+void check_blocks(Visibility<kMask> const& m) {
+  constexpr int kOuter = kBackward ? kN : kM, kInner = kBackward ? kM : kN;
+  int const outer_len = kBackward ? m.seqlen_k : m.seqlen_q;
+  int const inner_len = kBackward ? m.seqlen_q : m.seqlen_k;
+  for (int outer = 0; outer * kOuter < outer_len; ++outer) {
+    BlockRange r;
+    if constexpr (kBackward) {
+      r = query_blocks<kM, kN>(m, outer);
+    } else {
+      r = key_blocks<kM, kN>(m, outer);
+    }
+    expect(0 <= r.first && r.first <= r.left_end && r.left_end <= r.right_begin &&
+               r.right_begin <= r.end,
+           CASE ": range %d %d %d %d of block %d", ARGS, r.first, r.left_end, r.right_begin, r.end,
+           outer);
+    expect(r.first == r.end || r.end <= ceil_div(inner_len, kInner), CASE ": block %d runs to %d",
+           ARGS, outer, r.end);
+    for (int inner = 0; inner * kInner < inner_len; ++inner) {
+      bool any = false, all = true;
+      for (int x = outer * kOuter; x < min_of((outer + 1) * kOuter, outer_len); ++x)
+        for (int y = inner * kInner; y < (inner + 1) * kInner; ++y) {
+          bool const seen = kBackward ? sees(m, y, x) : sees(m, x, y);
+          any |= seen, all &= seen;
+        }
+      bool const in   = inner >= r.first && inner < r.end;
+      bool const bare = in && inner >= r.left_end && inner < r.right_begin;
+      expect(in || !any, CASE ": block %d misses %d", ARGS, outer, inner);
+      expect(all || !bare, CASE ": block %d, %d needs a mask", ARGS, outer, inner);
+      expect(!in || r.needs_mask(inner) != bare, CASE ": needs_mask(%d) of block %d", ARGS, inner,
+             outer);
+      visited += in, empty += in && !any, unmasked += bare, could_be_unmasked += all;
+    }
+  }
+}
+
+template <int kM, int kN, MaskKind kMask>
+void check_both(Visibility<kMask> const& m) {
+  check_blocks<kM, kN, false>(m);
+  check_blocks<kM, kN, true>(m);
+}
+
+template <int kM, int kN>
+void check_masks(int sq, int sk) {
+  check_both<kM, kN>(Visibility<MaskKind::kNone>{sq, sk, 0, 0});
+  check_both<kM, kN>(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
+  for (int left : {0, 1, 3, kN, 2 * kN + 1, 1000})
+    for (int right : {0, 1, kN, 11, 1000})
+      check_both<kM, kN>(Visibility<MaskKind::kLocal>{sq, sk, left, right});
+}
+
+int main() {
+  for (int sq = 0; sq <= 26; ++sq)
+    for (int sk = 0; sk <= 26; ++sk) {
+      check_intervals(Visibility<MaskKind::kNone>{sq, sk, 0, 0});
+      check_intervals(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
+      for (int left : {0, 1, 3, 9, 30})
+        for (int right : {0, 1, 4, 11, 30})
+          check_intervals(Visibility<MaskKind::kLocal>{sq, sk, left, right});
+      check_masks<8, 4>(sq, sk);
+      check_masks<4, 8>(sq, sk);
+      check_masks<4, 4>(sq, sk);
+    }
+  long const small_empty = empty, small_unmasked = unmasked, small_possible = could_be_unmasked;
+  // Real block sizes at their borders.
+  for (int sq : {1, 63, 64, 65, 127, 128, 129, 200, 257})
+    for (int sk : {1, 31, 32, 33, 64, 65, 113, 128, 129, 200, 300}) {
+      check_both<128, 64>(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
+      check_both<64, 128>(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
+      check_both<128, 32>(Visibility<MaskKind::kNone>{sq, sk, 0, 0});
+    }
+  // Lengths near 2^30: nothing overflows, and the first and last blocks are what they are for short ones.
+  constexpr int kLong = 1 << 30;
+  Visibility<MaskKind::kCausal> const square{kLong, kLong, 0, 0}, few{128, kLong, 0, 0},
+      tall{kLong, 64, 0, 0};
+  expect(key_blocks<128, 64>(square, kLong / 128 - 1).end == kLong / 64,
+         "last block of a long square");
+  expect(key_blocks<128, 64>(square, 0).end == 2, "first block of a long square");
+  expect(key_blocks<128, 64>(few, 0).right_begin == kLong / 64 - 2, "128 queries of 2^30 keys");
+  BlockRange const first = key_blocks<128, 64>(tall, 0);
+  expect(first.first == first.end, "the first of 2^30 queries sees none of 64 keys");
+  expect(query_blocks<64, 128>(tall, 0).first == kLong / 64 - 1,
+         "64 keys are seen by the last queries");
+
+  std::printf("visited %ld blocks, %ld without a visible pair, %ld unmasked of %ld possible\n",
+              visited, empty, unmasked, could_be_unmasked);
+  expect(small_empty == 0, "%ld blocks visited for nothing", small_empty);
+  expect(small_unmasked == small_possible, "%ld of %ld blocks unmasked", small_unmasked,
+         small_possible);
+  return check::finish();
+}

@@ -1,0 +1,113 @@
+"""Run one small case of each kernel under NVIDIA's compute-sanitizer.
+
+    python3 tests/run_sanitizer.py                       the cases alone
+    python3 tests/run_sanitizer.py --tool memcheck       the same under the sanitizer (also racecheck,
+                                                         initcheck, synccheck); exit status 1 on any finding
+
+Cases: forward and backward (default and deterministic) of every built head dimension and dtype, causal
+and full, ragged lengths with more queries than keys and the reverse, grouped heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+PADDED = {
+    64: 40,
+    128: 104,
+    256: 200,
+}  # built head dimension: one that its kernel serves by predicates
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on PATH or in a CUDA toolkit."""
+    found = shutil.which("compute-sanitizer")
+    if found:
+        return found
+    roots = [Path(os.environ[n]) for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)]
+    roots += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
+    tools = (p for r in roots for p in (r / "bin", r / "compute-sanitizer"))
+    return next(
+        (str(t / "compute-sanitizer") for t in tools if (t / "compute-sanitizer").is_file()), None
+    )
+
+
+def problems(head_dims: list[int], dtypes: list[str], only: int | None) -> Iterator[tuple]:
+    """(head_dim, dtype, seqlen_q, seqlen_k, causal), each small enough for a sanitizer."""
+    for head_dim in head_dims:
+        if only not in (None, head_dim):
+            continue
+        for dtype in dtypes:
+            yield head_dim, dtype, 161, 225, True
+            yield head_dim, dtype, 130, 97, False
+            yield head_dim, dtype, 193, 65, True
+        if head_dim in PADDED:
+            yield PADDED[head_dim], dtypes[0], 97, 161, True
+
+
+def run(only: int | None) -> None:
+    """Every case once in this process."""
+    import flash_attn_2_cuda
+    import torch
+
+    from flash_attn import flash_attn_func
+
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    info = flash_attn_2_cuda.build_info()
+    count = 0
+    for head_dim, dtype, sq, sk, causal in problems(info["head_dims"], info["dtypes"], only):
+        shapes = ((1, sq, 2, head_dim), (1, sk, 1, head_dim), (1, sk, 1, head_dim))
+        # Made on the CPU: only our kernels and a few copies run under the sanitizer.
+        q, k, v = (torch.randn(s).to(names[dtype]).cuda().requires_grad_() for s in shapes)
+        dout = torch.randn(shapes[0]).to(names[dtype]).cuda()
+        dlse = torch.randn(1, 2, sq).cuda()
+        for deterministic in (False, True):
+            out, lse, _ = flash_attn_func(
+                q, k, v, causal=causal, deterministic=deterministic, return_attn_probs=True
+            )
+            torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+        torch.cuda.synchronize()
+        count += 1
+        print(f"{dtype} d{head_dim} q{sq} k{sk} {'causal' if causal else 'full'}", flush=True)
+    if count == 0:
+        raise SystemExit("no case: is the head dimension built?")
+    print(f"ran {count} cases")
+
+
+def run_under(tool: str, arguments: list[str]) -> int:
+    """This script again, under the sanitizer; its exit status."""
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        raise SystemExit("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
+    if tool == "memcheck":
+        command += ["--leak-check", "no", "--padding", "64"]
+    # Without the caching allocator, memory past the end of a tensor is out of bounds.
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"}
+    command += [sys.executable, str(Path(__file__).resolve()), *arguments]
+    return subprocess.run(command, env=env).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tool", choices=TOOLS, help="run under this tool of compute-sanitizer")
+    parser.add_argument("--head-dim", type=int, help="only this built head dimension")
+    options = parser.parse_args()
+    arguments = [] if options.head_dim is None else ["--head-dim", str(options.head_dim)]
+    if options.tool:
+        return run_under(options.tool, arguments)
+    run(options.head_dim)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

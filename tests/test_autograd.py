@@ -1,0 +1,217 @@
+"""How flash_attn_func behaves inside autograd."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from cases import AttnCase, Mask, everywhere, generator, make_inputs, on_devices, randn
+from harness import assert_bitwise, assert_nearly, leaves, run_flash
+from oracle import Result, attention_oracle, attention_peer, check_result
+from torch.utils.checkpoint import checkpoint
+
+from flash_attn import flash_attn_func
+
+SMALL = AttnCase(65, 97, (4, 2), 64, Mask.causal)
+LSE_CASES = [
+    SMALL,
+    AttnCase(200, 130, (4, 2), 64, Mask.causal, "fp16", batch=2),
+    AttnCase(130, 130, (2, 1), 128, Mask.none),
+    AttnCase(113, 203, (2, 2), 33, Mask.causal, "fp16"),
+    AttnCase(97, 97, (3, 1), 256, Mask.causal),
+    AttnCase(1, 300, (2, 1), 96, Mask.none),
+    AttnCase(300, 300, (2, 1), 192, Mask.causal),
+    AttnCase(129, 128, (2, 1), 32, Mask.causal, "fp16"),
+]
+all_lse_cases = on_devices(
+    cpu=[case.but(dtype=dtype) for case in LSE_CASES[:4] for dtype in ("fp32", "bf16", "fp64")],
+    cuda=LSE_CASES,
+)
+
+
+@all_lse_cases
+@pytest.mark.parametrize("with_dout", [True, False], ids=["with_dout", "lse_only"])
+def test_gradient_of_lse_is_used(device: str, case: AttnCase, with_dout: bool) -> None:
+    x = make_inputs(case, device)
+    dout = x.dout if with_dout else None
+    dlse = randn((case.batch, case.heads[0], case.seqlen_q), torch.float32, generator(case, device))
+    if case.dtype == "fp64":
+        dlse = dlse.double()
+    exact = dict(scale=case.scale, causal=case.causal, dlse=dlse)
+    ours = run_flash(x.q, x.k, x.v, dout, causal=case.causal, dlse=dlse)
+    want = attention_oracle(x.q, x.k, x.v, dout, **exact)
+    peer = attention_peer(x.q, x.k, x.v, dout, **exact)
+    check_result(ours, peer, want, case=case)
+
+
+@everywhere(SMALL)
+def test_gradient_of_lse_through_ordinary_operations(device: str, case: AttnCase) -> None:
+    """The z-loss pattern: out and lse feed one loss; dlse arrives expanded, in no special layout."""
+    x = make_inputs(case, device)
+    q, k, v = leaves(x.q, x.k, x.v)
+    out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    ((out * x.dout).sum() + 0.5 * lse.sum()).backward()
+    want = run_flash(x.q, x.k, x.v, x.dout, causal=True, dlse=torch.full_like(lse, 0.5))
+    assert_bitwise("dk", k.grad, want.dk, case)
+    assert_bitwise("dv", v.grad, want.dv, case)
+    assert_nearly("dq", q.grad, want.dq, case)
+
+
+@everywhere(SMALL, SMALL.but(head_dim=33))
+def test_only_requested_gradients_come(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    want = run_flash(x.q, x.k, x.v, x.dout, causal=True)
+    for wanted in product((False, True), repeat=3):
+        inputs = [t.detach().requires_grad_(w) for t, w in zip((x.q, x.k, x.v), wanted)]
+        out = flash_attn_func(*inputs, causal=True)
+        assert out.requires_grad == any(wanted)
+        if not any(wanted):
+            continue
+        out.backward(x.dout)
+        for name, t, w in zip(("dq", "dk", "dv"), inputs, wanted):
+            assert (t.grad is not None) == w, f"{name}, wanted {wanted}; case {case}"
+            if w:
+                assert_nearly(name, t.grad, getattr(want, name), case)
+
+
+@everywhere(SMALL)
+def test_no_grad_and_inference_mode_record_nothing(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    q, k, v = leaves(x.q, x.k, x.v)
+    want = flash_attn_func(q, k, v, causal=True)
+    assert want.requires_grad and want.grad_fn is not None
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+        assert not out.requires_grad and out.grad_fn is None and not lse.requires_grad
+        assert_bitwise("out", out.clone(), want.detach(), case)
+
+
+@everywhere(SMALL)
+def test_inputs_made_in_inference_mode(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    want = flash_attn_func(x.q, x.k, x.v, causal=True)
+    with torch.inference_mode():
+        x = make_inputs(case, device)
+        out = flash_attn_func(x.q, x.k, x.v, causal=True)
+    assert_bitwise("out", out.clone(), want, case)
+
+
+@everywhere(SMALL)
+def test_saved_tensors_are_only_the_inputs_and_outputs(device: str, case: AttnCase) -> None:
+    """q, k, v, out and lse: nothing of size sq * sk."""
+    x = make_inputs(case.but(seqlen_q=256, seqlen_k=256), device)
+    sizes: list[int] = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        sizes.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        flash_attn_func(*leaves(x.q, x.k, x.v), causal=True)
+    assert sum(sizes) <= 2 * x.q.numel() + x.k.numel() + x.v.numel() + x.q.numel() // 64
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.no_grad():
+        sizes.clear()
+        flash_attn_func(x.q, x.k, x.v, causal=True)
+    assert not sizes
+
+
+@everywhere(SMALL)
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["q", "k", "v", "out"])
+def test_saved_tensor_changed_in_place_raises(device: str, case: AttnCase, which: int) -> None:
+    x = make_inputs(case, device)
+    q, k, v = (t + 0 for t in leaves(x.q, x.k, x.v))
+    out = flash_attn_func(q, k, v, causal=True)
+    with torch.no_grad():
+        (q, k, v, out)[which].mul_(2)
+    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+        out.backward(x.dout)
+
+
+@everywhere(SMALL)
+def test_backward_twice(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    q, k, v = leaves(x.q, x.k, x.v)
+    out = flash_attn_func(q, k, v, causal=True)
+    first = torch.autograd.grad(out, (q, k, v), x.dout, retain_graph=True)
+    second = torch.autograd.grad(out, (q, k, v), x.dout)
+    for name, a, b in zip(("dq", "dk", "dv"), second, first):
+        assert_nearly(name, a, b, case)
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward(x.dout)
+
+
+@everywhere(SMALL)
+def test_double_backward_says_that_it_is_missing(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    q, k, v = leaves(x.q, x.k, x.v)
+    out = flash_attn_func(q, k, v, causal=True)
+    with pytest.raises((RuntimeError, NotImplementedError), match="twice|double|once_different"):
+        (dq,) = torch.autograd.grad(out, q, x.dout, create_graph=True)
+        dq.sum().backward()
+
+
+@everywhere(SMALL)
+def test_gradients_accumulate(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    q, k, v = leaves(x.q, x.k, x.v)
+    for _ in range(2):
+        flash_attn_func(q, k, v, causal=True, deterministic=True).backward(x.dout)
+    want = run_flash(x.q, x.k, x.v, x.dout, causal=True, deterministic=True)
+    for name, t in (("dq", q), ("dk", k), ("dv", v)):
+        assert_nearly(name, t.grad, 2 * getattr(want, name), case)
+
+
+@everywhere(SMALL, SMALL.but(seqlen_q=200, seqlen_k=100))
+def test_anomaly_detection_runs_clean(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        out = flash_attn_func(*leaves(x.q, x.k, x.v), causal=True)
+        out.backward(x.dout)
+
+
+@everywhere(SMALL)
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+def test_checkpoint_gives_the_same_gradients(
+    device: str, case: AttnCase, use_reentrant: bool
+) -> None:
+    x = make_inputs(case, device)
+    q, k, v = leaves(x.q, x.k, x.v)
+
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_attn_func(q, k, v, causal=True, deterministic=True)
+
+    out = checkpoint(block, q, k, v, use_reentrant=use_reentrant)
+    out.backward(x.dout)
+    want = run_flash(x.q, x.k, x.v, x.dout, causal=True, deterministic=True)
+    ours = Result(out.detach(), want.lse, q.grad, k.grad, v.grad)
+    for name in ("out", "dq", "dk", "dv"):
+        assert_bitwise(name, getattr(ours, name), getattr(want, name), case)
+
+
+@everywhere(SMALL)
+def test_chained_through_a_network(device: str, case: AttnCase) -> None:
+    """Two calls, the second on the first's output; views and dtypes between them as in a model."""
+    x = make_inputs(case.but(heads=(2, 2), seqlen_k=case.seqlen_q), device)
+
+    def chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attend) -> torch.Tensor:
+        y = attend(q, k, v)
+        y = (y.flatten(2) * 1.5).view_as(y)
+        return attend(y, k, y)
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_attn_func(q, k, v, causal=True)
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        s = torch.einsum("bihd,bjhd->bhij", q, k) * case.scale
+        hidden = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+        return torch.einsum("bhij,bjhd->bihd", s.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+    results = []
+    for attend, dtype in ((ours, None), (plain, None), (plain, torch.float64)):
+        inputs = leaves(*(t if dtype is None else t.to(dtype) for t in (x.q, x.k, x.v)))
+        out = chain(*inputs, attend)
+        grads = torch.autograd.grad(out, inputs, x.dout.to(out.dtype))
+        results.append(Result(out.detach(), None, *grads))
+    check_result(*results, case=case)

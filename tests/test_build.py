@@ -1,0 +1,670 @@
+"""The build's decisions, without compiling: variables, jobs, toolkit, CUTLASS, generated files, metadata."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import flash_attn
+import flash_attn.__main__ as flash_main
+from csrc import build_config
+from csrc.build_config import BuildError, Toolkit, Torch
+from csrc.kernels import kernel_list
+from csrc.kernels.generate import generate
+from third_party import fetch_cutlass
+from third_party.fetch_cutlass import CutlassError
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+
+
+# --- Environment variables -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, archs",
+    [
+        ("", ()),
+        ("90", (90,)),
+        ("90;80", (80, 90)),
+        ("8.0, 9.0", (80, 90)),
+        ("sm_90a", (90,)),
+        ("12.0", (120,)),
+        ("90 90a", (90,)),
+    ],
+)
+def test_archs_are_read(text: str, archs: tuple[int, ...]) -> None:
+    assert build_config.parse_archs(text) == archs
+
+
+@pytest.mark.parametrize("text", ["hopper", "9", "90b", "80;x", "-80"])
+def test_bad_archs_are_named(text: str) -> None:
+    with pytest.raises(BuildError, match="FLASH_ATTN_CUDA_ARCHS.*not an architecture"):
+        build_config.parse_archs(text)
+
+
+def test_archs_before_ampere_are_refused() -> None:
+    with pytest.raises(BuildError, match="sm_80 or newer, got sm_75"):
+        build_config.parse_archs("75;90")
+
+
+def test_head_dims_are_read() -> None:
+    assert build_config.parse_head_dims("") == kernel_list.HEAD_DIMS
+    assert build_config.parse_head_dims("128, 64;128") == (64, 128)
+
+
+def test_head_dim_without_its_own_kernel_is_refused_with_the_kernel_to_build() -> None:
+    with pytest.raises(BuildError, match=r"FLASH_ATTN_HEAD_DIMS.*'80'.*kernel of 96"):
+        build_config.parse_head_dims("64,80")
+    with pytest.raises(BuildError, match="'512' is not one of 32"):
+        build_config.parse_head_dims("512")
+
+
+def test_dtypes_are_read() -> None:
+    assert build_config.parse_dtypes("") == ("fp16", "bf16")
+    assert build_config.parse_dtypes("bf16") == ("bf16",)
+    with pytest.raises(BuildError, match="FLASH_ATTN_DTYPES.*'fp8'.*fp16, bf16"):
+        build_config.parse_dtypes("bf16,fp8")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_bad_max_jobs_is_refused(text: str) -> None:
+    with pytest.raises(BuildError, match="MAX_JOBS"):
+        build_config.parse_max_jobs(text)
+
+
+def test_bad_skip_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_SKIP_CUDA_BUILD", "yes")
+    with pytest.raises(BuildError, match="FLASH_ATTN_SKIP_CUDA_BUILD='yes'"):
+        build_config.plan_from_environment()
+
+
+def test_skip_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_SKIP_CUDA_BUILD", "1")
+    monkeypatch.setattr(build_config, "find_torch", lambda: pytest.fail("torch is not needed"))
+    assert not build_config.plan_from_environment().has_extension
+
+
+# --- Jobs ------------------------------------------------------------------------------------------
+
+
+def machine(root: Path, files: dict[str, str], cgroup: str = "0::/box\n") -> Path:
+    """A /proc and a /sys with these files."""
+    files = {"proc/meminfo": f"MemAvailable: {64 * GIB // 1024} kB\n"} | files
+    for name, text in (files | {"proc/self/cgroup": cgroup}).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V1 = "4:memory:/a/b\n3:cpu,cpuacct:/a/b\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    "cgroup, files, cpus",
+    [
+        ("0::/box\n", {}, 16),
+        ("0::/box\n", {"sys/fs/cgroup/box/cpu.max": "max 100000\n"}, 16),
+        ("0::/box\n", {"sys/fs/cgroup/box/cpu.max": "400000 100000\n"}, 4),
+        ("0::/box\n", {"sys/fs/cgroup/box/cpu.max": "50000 100000\n"}, 1),
+        ("0::/box/job\n", {"sys/fs/cgroup/box/cpu.max": "300000 100000\n"}, 3),
+        (
+            V1,
+            {
+                "sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+        (
+            V1,
+            {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            16,
+        ),
+    ],
+)
+def test_cpus_honor_cgroup_quotas(
+    tmp_path: Path, cgroup: str, files: dict[str, str], cpus: int
+) -> None:
+    assert build_config.available_cpus(machine(tmp_path, files, cgroup), affinity=16) == cpus
+
+
+def test_cpus_honor_affinity(tmp_path: Path) -> None:
+    assert build_config.available_cpus(machine(tmp_path, {}), affinity=3) == 3
+    here = build_config.available_cpus(machine(tmp_path, {}))
+    assert here == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    "cgroup, files, gib",
+    [
+        ("0::/box\n", {}, 64),
+        (
+            "0::/box\n",
+            {
+                "sys/fs/cgroup/box/memory.max": f"{16 * GIB}\n",
+                "sys/fs/cgroup/box/memory.current": f"{10 * GIB}\n",
+                "sys/fs/cgroup/box/memory.stat": f"anon 1\ninactive_file {4 * GIB}\n",
+            },
+            10,
+        ),
+        (
+            "0::/box\n",
+            {
+                "sys/fs/cgroup/box/memory.max": "max\n",
+                "sys/fs/cgroup/box/memory.current": f"{10 * GIB}\n",
+            },
+            64,
+        ),
+        (
+            V1,
+            {
+                "sys/fs/cgroup/memory/a/memory.limit_in_bytes": f"{8 * GIB}\n",
+                "sys/fs/cgroup/memory/a/memory.usage_in_bytes": f"{3 * GIB}\n",
+                "sys/fs/cgroup/memory/a/memory.stat": f"total_inactive_file {GIB}\n",
+                "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/a/b/memory.usage_in_bytes": f"{3 * GIB}\n",
+            },
+            6,
+        ),
+    ],
+)
+def test_memory_honors_cgroup_limits(
+    tmp_path: Path, cgroup: str, files: dict[str, str], gib: int
+) -> None:
+    assert build_config.available_memory(machine(tmp_path, files, cgroup)) == gib * GIB
+
+
+def test_memory_may_be_unknown(tmp_path: Path) -> None:
+    assert build_config.available_memory(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "max_jobs, cpus, memory, jobs",
+    [
+        (None, 16, 64 * 10**9, 12),
+        (None, 2, 16 * 10**9, 2),
+        (None, 16, 2 * 10**9, 1),
+        (None, 4, None, 4),
+        (7, 2, 10**9, 7),
+        (None, 1, 64 * 10**9, 1),
+    ],
+)
+def test_jobs(max_jobs: int | None, cpus: int, memory: int | None, jobs: int) -> None:
+    assert build_config.compute_jobs(max_jobs, cpus, memory) == jobs
+
+
+# --- Toolkit and plan ------------------------------------------------------------------------------
+
+
+def fake_toolkit(root: Path, version: str = "13.0") -> Toolkit:
+    """A toolkit whose nvcc answers --version, --dryrun and --list-gpu-arch."""
+    (root / "bin").mkdir(parents=True)
+    (root / "include").mkdir()
+    (root / "include" / "cuda_runtime.h").touch()
+    nvcc = root / "bin" / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        f'*--version*) echo "Cuda compilation tools, release {version}, V{version}.88";;\n'
+        f'*--dryrun*) echo "#\\$ TOP={root}/bin/.." >&2;;\n'
+        "*--list-gpu-arch*) echo compute_75; echo compute_80; echo compute_90;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return Toolkit(root, version)
+
+
+def test_toolkit_is_found_through_a_wrapper_script(tmp_path: Path) -> None:
+    toolkit = fake_toolkit(tmp_path / "cuda")
+    wrapper = tmp_path / "scripts" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {toolkit.nvcc} "$@"\n')
+    wrapper.chmod(0o755)
+    env = {"PATH": f"{wrapper.parent}{os.pathsep}{os.environ['PATH']}"}
+    assert build_config.find_toolkit(env) == toolkit
+
+
+def test_cuda_home_goes_before_cuda_path_and_nvcc_on_path(tmp_path: Path) -> None:
+    home = fake_toolkit(tmp_path / "home", "12.9")
+    path = fake_toolkit(tmp_path / "path", "13.1")
+    nvcc = fake_toolkit(tmp_path / "nvcc", "13.2")
+    env = {"PATH": f"{nvcc.root / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    assert build_config.find_toolkit(env) == nvcc
+    env["CUDA_PATH"] = str(path.root)
+    assert build_config.find_toolkit(env) == path
+    env["CUDA_HOME"] = str(home.root)
+    assert build_config.find_toolkit(env) == home
+    env["CUDA_HOME"] = str(tmp_path / "not there")
+    assert build_config.find_toolkit(env) == path
+
+
+CUDA_TORCH = Torch("2.11.0+cu130", "13.0", ())
+
+
+def test_plan_without_cuda_in_torch(tmp_path: Path) -> None:
+    plan = build_config.make_plan({}, fake_toolkit(tmp_path / "c"), Torch("2.13.0+cpu", None, ()))
+    assert not plan.has_extension
+    assert plan.message.startswith("torch 2.13.0+cpu has no CUDA")
+
+
+def test_plan_without_nvcc() -> None:
+    plan = build_config.make_plan({}, None, CUDA_TORCH)
+    assert not plan.has_extension
+    assert "CUDA 13.0, but there is no nvcc" in plan.message
+
+
+def test_plan_without_torch(tmp_path: Path) -> None:
+    plan = build_config.make_plan({}, fake_toolkit(tmp_path / "c"), "no torch")
+    assert not plan.has_extension
+    assert plan.message.startswith("no torch in this environment")
+
+
+def test_mismatch_names_both_versions(tmp_path: Path) -> None:
+    toolkit = fake_toolkit(tmp_path / "c", "12.8")
+    with pytest.raises(BuildError, match=r"version 12\.8.*CUDA 13\.0.*must match"):
+        build_config.make_plan({}, toolkit, CUDA_TORCH)
+
+
+@pytest.mark.parametrize(
+    "capabilities, env, archs",
+    [
+        ((), {}, (80, 90)),
+        ((90,), {}, (90,)),
+        ((75, 80), {}, (80,)),
+        ((90,), {"FLASH_ATTN_CUDA_ARCHS": "80"}, (80,)),
+    ],
+)
+def test_plan_builds_for_the_gpu_that_is_there(
+    tmp_path: Path, capabilities: tuple[int, ...], env: dict[str, str], archs: tuple[int, ...]
+) -> None:
+    torch = Torch("2.11.0+cu130", "13.0", capabilities)
+    plan = build_config.make_plan(env, fake_toolkit(tmp_path / "c", "13.1"), torch)
+    assert plan.archs == archs
+    assert plan.head_dims == kernel_list.HEAD_DIMS and plan.dtypes == kernel_list.DTYPES
+    assert all(f"sm_{arch}" in plan.message for arch in archs) and "13.1" in plan.message
+
+
+def test_plan_refuses_a_gpu_before_ampere(tmp_path: Path) -> None:
+    torch = Torch("2.11.0+cu130", "13.0", (75,))
+    with pytest.raises(BuildError, match=r"8\.0 or newer.*sm_75"):
+        build_config.make_plan({}, fake_toolkit(tmp_path / "c"), torch)
+
+
+def test_plan_refuses_an_arch_that_nvcc_does_not_know(tmp_path: Path) -> None:
+    env = {"FLASH_ATTN_CUDA_ARCHS": "80;120"}
+    with pytest.raises(BuildError, match=r"nvcc 13\.0 cannot compile for sm_120"):
+        build_config.make_plan(env, fake_toolkit(tmp_path / "c"), CUDA_TORCH)
+
+
+# --- Headers, libraries, flags ---------------------------------------------------------------------
+
+
+def test_missing_library_headers_come_from_wheels(tmp_path: Path) -> None:
+    toolkit = fake_toolkit(tmp_path / "c")
+    site = tmp_path / "site"
+    for name, headers in {"cu13": ("cublas_v2.h", "cusparse.h"), "nccl": ("nccl.h",)}.items():
+        include = site / "nvidia" / name / "include"
+        include.mkdir(parents=True)
+        for header in headers:
+            (include / header).touch()
+    folders = build_config.library_include_folders(toolkit, [str(site)])
+    assert folders == [site / "nvidia" / "cu13" / "include"]
+    flags = build_config.cxx_flags(toolkit, [str(site)])
+    assert flags[flags.index("-idirafter") + 1] == str(folders[0])
+
+
+def test_complete_toolkit_takes_no_headers_from_wheels(tmp_path: Path) -> None:
+    toolkit = fake_toolkit(tmp_path / "c")
+    include = tmp_path / "site" / "nvidia" / "cu13" / "include"
+    include.mkdir(parents=True)
+    for header in build_config.LIBRARY_HEADERS:
+        (toolkit.include / header).touch()
+        (include / header).touch()
+    assert build_config.library_include_folders(toolkit, [str(tmp_path / "site")]) == []
+
+
+def test_cudart_of_the_toolkit_is_linked(tmp_path: Path) -> None:
+    toolkit = fake_toolkit(tmp_path / "c")
+    (toolkit.root / "lib64").mkdir()
+    (toolkit.root / "lib64" / "libcudart.so").touch()
+    found = build_config.cudart_folder(toolkit, [], tmp_path / "scratch")
+    assert found == toolkit.root / "lib64"
+
+
+def test_cudart_of_a_wheel_is_linked_under_its_plain_name(tmp_path: Path) -> None:
+    toolkit = fake_toolkit(tmp_path / "c")
+    lib = tmp_path / "site" / "nvidia" / "cu13" / "lib"
+    lib.mkdir(parents=True)
+    (lib / "libcudart.so.12").write_text("12")
+    (lib / "libcudart.so.13").write_text("13")
+    for _ in range(2):  # the second time the link is there
+        found = build_config.cudart_folder(toolkit, [str(tmp_path / "site")], tmp_path / "scratch")
+        assert (found / "libcudart.so").read_text() == "13"
+
+
+def test_no_cudart_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"no libcudart\.so\.13"):
+        build_config.cudart_folder(fake_toolkit(tmp_path / "c"), [], tmp_path / "scratch")
+
+
+def test_every_arch_has_its_target() -> None:
+    flags = " ".join(build_config.nvcc_flags((80, 90)))
+    assert "-gencode arch=compute_80,code=sm_80" in flags
+    assert "-gencode arch=compute_90a,code=sm_90a" in flags
+    assert "sm_90a" not in " ".join(build_config.nvcc_flags((80,)))
+
+
+# --- Generated files -------------------------------------------------------------------------------
+
+
+def test_every_unit_is_generated_and_registered(tmp_path: Path) -> None:
+    paths = generate(tmp_path, (90, 80))
+    units = kernel_list.units()
+    families = sum(map(len, kernel_list.FAMILIES.values()))
+    assert len(units) == families * len(kernel_list.HEAD_DIMS) * len(kernel_list.DTYPES)
+    assert [p.name for p in paths] == [f"{u.name}.cu" for u in units] + ["registry.cpp"]
+    registry = paths[-1].read_text()
+    assert 'kBuiltArchs = "80,90"' in registry
+    for unit, path in zip(units, paths, strict=False):
+        assert f"launch_{unit.family}<{unit.head_dim}, cutlass::" in path.read_text()
+        assert re.search(rf"\{{80, {unit.head_dim}, DType::k\w+, &sm80::{unit.symbol}\}}", registry)
+
+
+def test_units_of_a_partial_build(tmp_path: Path) -> None:
+    names = {p.stem for p in generate(tmp_path, (90,), (64, 128), ("bf16",))}
+    assert names == {
+        f"{family}_sm80_hd{head_dim}_bf16" for family in ("fwd", "bwd") for head_dim in (64, 128)
+    } | {"registry"}
+    assert "half_t" not in (tmp_path / "fwd_sm80_hd64_bf16.cu").read_text()
+    assert "fp16" not in (tmp_path / "registry.cpp").read_text().replace("kFp16", "")
+
+
+def test_slow_units_come_first(tmp_path: Path) -> None:
+    names = [p.name for p in generate(tmp_path, (90,))]
+    assert names[0].startswith(f"bwd_sm80_hd{max(kernel_list.HEAD_DIMS)}")
+    assert names[-2].startswith(f"fwd_sm80_hd{min(kernel_list.HEAD_DIMS)}")
+
+
+def test_unchanged_files_are_not_written(tmp_path: Path) -> None:
+    paths = generate(tmp_path, (90,))
+    for path in paths:
+        os.utime(path, (1, 1))
+    paths[0].write_text("changed")
+    generate(tmp_path, (90,))
+    assert [p for p in paths if p.stat().st_mtime != 1] == [paths[0]]
+    assert paths[0].read_text() != "changed"
+
+
+def test_stale_files_are_removed_and_others_kept(tmp_path: Path) -> None:
+    generate(tmp_path, (90,))
+    (tmp_path / "mine.cu").write_text("// not generated\n")
+    paths = generate(tmp_path, (90,), (64,), ("bf16",))
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in paths} | {"mine.cu"}
+
+
+def test_generate_runs_as_a_script(tmp_path: Path) -> None:
+    script = ROOT / "csrc" / "kernels" / "generate.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path), "--archs", "90"]
+    subprocess.run([*command, "--head-dims", "64"], check=True, cwd=tmp_path, capture_output=True)
+    assert (tmp_path / "fwd_sm80_hd64_fp16.cu").is_file()
+    bad = subprocess.run([*command, "--head-dims", "65"], capture_output=True, text=True)
+    assert bad.returncode != 0 and "'65' is not one of" in bad.stderr
+
+
+# --- CUTLASS ---------------------------------------------------------------------------------------
+
+
+def fake_cutlass(include: Path, version: str = "4.2.0") -> None:
+    (include / "cute").mkdir(parents=True)
+    (include / "cutlass").mkdir()
+    (include / "cute" / "tensor.hpp").touch()
+    parts = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+    text = "".join(f"#define CUTLASS_{name} {number}\n" for name, number in parts)
+    (include / "cutlass" / "version.h").write_text(text)
+
+
+@pytest.mark.parametrize("below", ["", "include", "cutlass_library/source/include"])
+def test_cutlass_path_may_be_root_or_include(tmp_path: Path, below: str) -> None:
+    fake_cutlass(tmp_path / "c" / below, "4.3.1")
+    found = fetch_cutlass.find_cutlass({"CUTLASS_PATH": str(tmp_path / "c")})
+    assert (found.include, found.version) == ((tmp_path / "c" / below), "4.3.1")
+
+
+def test_cutlass_path_without_cutlass_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CutlassError, match="CUTLASS_PATH=.* holds no CUTLASS"):
+        fetch_cutlass.find_cutlass({"CUTLASS_PATH": str(tmp_path)})
+
+
+def test_old_cutlass_is_an_error(tmp_path: Path) -> None:
+    fake_cutlass(tmp_path, "3.9.2")
+    with pytest.raises(CutlassError, match=r"3\.9\.2; 4\.2 or later"):
+        fetch_cutlass.find_cutlass({"CUTLASS_PATH": str(tmp_path)})
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index with a small CUTLASS wheel, and an empty third_party folder."""
+    fake_cutlass(tmp_path / "content" / fetch_cutlass.INCLUDE_IN_WHEEL)
+    (tmp_path / "index").mkdir()
+    wheel = tmp_path / "index" / fetch_cutlass.WHEEL
+    info = "nvidia_cutlass-4.2.0.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in sorted((tmp_path / "content").rglob("*")):
+            archive.write(path, path.relative_to(tmp_path / "content"))
+        text = "Metadata-Version: 2.1\nName: nvidia-cutlass\nVersion: 4.2.0.0\nRequires-Dist: no-such\n"
+        archive.writestr(f"{info}/METADATA", text)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+        archive.writestr("cutlass_library/code.py", "")
+    (tmp_path / "third_party").mkdir()
+    monkeypatch.setattr(fetch_cutlass, "FOLDER", tmp_path / "third_party" / "cutlass")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("CUTLASS_PATH", raising=False)
+    return wheel
+
+
+def test_cutlass_is_downloaded_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = hashlib.sha256(index.read_bytes()).hexdigest()
+    monkeypatch.setattr(fetch_cutlass, "SHA256", digest)
+    # An isolated build hides pip from its own path.
+    monkeypatch.setenv("PYTHONPATH", str(index.parent))
+    found = fetch_cutlass.fetch_cutlass({})
+    assert found.version == "4.2.0" and found.include == fetch_cutlass.FOLDER / "include"
+    assert [p.name for p in fetch_cutlass.FOLDER.iterdir()] == ["include"]
+    assert [p.name for p in fetch_cutlass.FOLDER.parent.iterdir()] == ["cutlass"]
+    index.unlink()
+    assert fetch_cutlass.fetch_cutlass({}) == found
+
+
+def test_cutlass_with_another_hash_is_refused(index: Path) -> None:
+    with pytest.raises(CutlassError, match="could not download(.|\n)*sha256"):
+        fetch_cutlass.fetch_cutlass({})
+    assert list(fetch_cutlass.FOLDER.parent.iterdir()) == []
+
+
+def test_broken_cutlass_folder_is_replaced(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = hashlib.sha256(index.read_bytes()).hexdigest()
+    monkeypatch.setattr(fetch_cutlass, "SHA256", digest)
+    (fetch_cutlass.FOLDER / "include" / "cute").mkdir(parents=True)
+    assert fetch_cutlass.find_cutlass({}) is None
+    assert fetch_cutlass.fetch_cutlass({}).version == "4.2.0"
+
+
+def test_another_build_may_fetch_cutlass_at_the_same_time(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpack = fetch_cutlass._unpack
+
+    def unpack_and_lose_the_race(wheel: Path, folder: Path) -> None:
+        unpack(wheel, folder)
+        shutil.copytree(folder, fetch_cutlass.FOLDER)
+
+    digest = hashlib.sha256(index.read_bytes()).hexdigest()
+    monkeypatch.setattr(fetch_cutlass, "SHA256", digest)
+    monkeypatch.setattr(fetch_cutlass, "_unpack", unpack_and_lose_the_race)
+    assert fetch_cutlass.fetch_cutlass({}).version == "4.2.0"
+    assert [p.name for p in fetch_cutlass.FOLDER.parent.iterdir()] == ["cutlass"]
+
+
+# --- setup.py --------------------------------------------------------------------------------------
+
+
+def source_tree(folder: Path) -> Path:
+    """A copy of what setup.py needs, so that tests write nothing into the repository."""
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "README.md"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, folder / name)
+        else:
+            (folder / name).touch()
+    ignored = shutil.ignore_patterns("__pycache__", "cutlass", "*.so")
+    for name in ("csrc", "flash_attn", "third_party"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+@pytest.fixture
+def no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every import of torch in a subprocess fail."""
+    (tmp_path / "blocked" / "torch").mkdir(parents=True)
+    text = "raise RuntimeError('metadata must not import torch')\n"
+    (tmp_path / "blocked" / "torch" / "__init__.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocked"))
+
+
+def run_setup(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "setup.py", *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_metadata_does_not_import_torch(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    assert run_setup(tree, "--version").split()[-1] == flash_attn.__version__ == "2.8.3"
+    run_setup(tree, "-q", "egg_info")
+    metadata = (tree / "flash_attn.egg-info" / "PKG-INFO").read_text()
+    assert "Name: flash-attn\n" in metadata and "Version: 2.8.3\n" in metadata
+    assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.9" in metadata
+    run_setup(tree, "-q", "dist_info")
+    assert (tree / "flash_attn-2.8.3.dist-info" / "METADATA").is_file()
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_sdist_has_the_sources_and_does_not_import_torch(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    (tree / "third_party" / "cutlass" / "include").mkdir(parents=True)
+    (tree / "third_party" / "cutlass" / "include" / "x.py").touch()
+    run_setup(tree, "-q", "sdist", "--formats", "zip")
+    with zipfile.ZipFile(tree / "dist" / "flash_attn-2.8.3.zip") as archive:
+        names = {name.partition("/")[2] for name in archive.namelist()}
+    wanted = {"csrc/build_config.py", "csrc/kernels/generate.py", "csrc/kernels/kernel_list.py"}
+    wanted |= {"csrc/flash.h", "third_party/fetch_cutlass.py", "setup.py", "LICENSE"}
+    wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu*")}
+    assert wanted <= names
+    assert not any(name.startswith("third_party/cutlass/") for name in names)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_wheel_without_extension_is_pure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_SKIP_CUDA_BUILD", "1")
+    tree = source_tree(tmp_path)
+    output = run_setup(tree, "-q", "bdist_wheel")
+    assert "flash_attn: FLASH_ATTN_SKIP_CUDA_BUILD=1: installing the Python package" in output
+    (wheel,) = (tree / "dist").iterdir()
+    assert wheel.name == "flash_attn-2.8.3-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        top = {name.split("/")[0] for name in archive.namelist()}
+    assert top == {"flash_attn", "flash_attn-2.8.3.dist-info"}
+
+
+def test_broken_torch_builds_the_python_package(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libfoo.so is missing')\n")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    source_tree(tree)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    env.pop("FLASH_ATTN_SKIP_CUDA_BUILD", None)
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    result = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "torch does not import (libfoo.so is missing)" in result.stdout
+    assert "CPU backend only" in result.stdout
+
+
+def test_hidden_torch_is_found_in_the_interpreters_own_packages(tmp_path: Path) -> None:
+    """What an isolated build does: site-packages is not on sys.path."""
+    code = (
+        "import sys\n"
+        "site = [p for p in sys.path if p.endswith('-packages')]\n"
+        "sys.path = [p for p in sys.path if p not in site]\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from csrc import build_config\n"
+        "build_config.site_folders = lambda: site\n"
+        "print(build_config.find_torch().version)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    import torch
+
+    assert result.stdout.strip() == torch.__version__, result.stderr
+
+
+def test_site_folders_hold_torch() -> None:
+    import torch
+
+    assert str(Path(torch.__file__).parents[1]) in build_config.site_folders()
+
+
+@pytest.mark.parametrize("name", ["FLASH_ATTN_CUDA_ARCHS", "FLASH_ATTN_HEAD_DIMS", "MAX_JOBS"])
+def test_variables_are_documented(name: str) -> None:
+    assert name in (ROOT / "setup.py").read_text().split('"""')[1]
+
+
+# --- python -m flash_attn --------------------------------------------------------------------------
+
+
+def test_report_names_versions() -> None:
+    import torch
+
+    report = flash_main.report()
+    assert f"flash_attn  {flash_attn.__version__}" in report
+    assert torch.__version__ in report
+    assert "CPU tensors" in report
+
+
+INFO = {"archs": [80], "head_dims": [64], "dtypes": ["bf16"], "families": ["fwd"]}
+H200 = ("H200", (9, 0))
+
+
+@pytest.mark.parametrize(
+    "info, cuda, gpus, nvcc, words",
+    [
+        (None, None, [], False, ["a CUDA build of torch"]),
+        (None, "13.0", [], False, ["a visible GPU", "CUDA 13.0 toolkit", "the extension"]),
+        (None, "13.0", [H200], True, ["the extension flash_attn_2_cuda"]),
+        (INFO, "13.0", [H200], True, ["FLASH_ATTN_CUDA_ARCHS=90"]),
+        (INFO, "13.0", [("T4", (7, 5))], True, ["T4 is sm_75"]),
+        (INFO, "13.0", [("A100", (8, 0))], True, []),
+        (INFO, "13.0", [("L4", (8, 9))], True, []),
+        (INFO | {"archs": [90]}, "13.0", [H200], True, []),
+    ],
+)
+def test_report_names_what_is_missing(
+    info: dict | None, cuda: str | None, gpus: list, nvcc: bool, words: list[str]
+) -> None:
+    missing = flash_main.missing_pieces(info, cuda, gpus, nvcc)
+    assert len(missing) == len(words)
+    assert all(word in text for word, text in zip(words, missing, strict=True)), missing

@@ -1,0 +1,201 @@
+"""What is promised of the CPU alone: fp64 gradients, memory, speed; and the oracle's own check."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import AttnCase, Mask, make_inputs
+from oracle import attention_oracle, attention_peer
+from test_api import run_python
+
+from flash_attn import flash_attn_func
+
+
+def test_cuda_is_tested_here() -> None:
+    """The one place that says so when it is not."""
+    import cases
+
+    reason = cases.why_no_cuda()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+ORACLE_CASES = [
+    AttnCase(5, 7, (4, 2), 3, Mask.causal, "fp64", 2),
+    AttnCase(7, 4, (3, 1), 2, Mask.causal, "fp64"),
+    AttnCase(4, 4, (2, 2), 5, Mask.none, "fp64"),
+]
+
+
+@pytest.mark.parametrize("case", ORACLE_CASES, ids=str)
+def test_oracle_is_the_definition(case: AttnCase) -> None:
+    """Loops over scalars, for the values; finite differences of the oracle, for its gradients."""
+    x = make_inputs(case, "cpu")
+    dlse = torch.randn(case.batch, case.heads[0], case.seqlen_q, dtype=torch.float64)
+    options = dict(scale=0.7, causal=case.causal)
+    want = attention_oracle(x.q, x.k, x.v, x.dout, dlse=dlse, **options)
+    for b, h, i in itertools.product(range(case.batch), range(case.heads[0]), range(case.seqlen_q)):
+        head_kv = h // (case.heads[0] // case.heads[1])
+        keys = [
+            j
+            for j in range(case.seqlen_k)
+            if not case.causal or j <= i + case.seqlen_k - case.seqlen_q
+        ]
+        weights = [math.exp(0.7 * float(x.q[b, i, h] @ x.k[b, j, head_kv])) for j in keys]
+        total = sum(weights)
+        out = sum((w / total * x.v[b, j, head_kv] for w, j in zip(weights, keys)), x.v[0, 0, 0] * 0)
+        torch.testing.assert_close(want.out[b, i, h], out)
+        assert math.isclose(float(want.lse[b, h, i]), math.log(total) if keys else math.inf)
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        result = attention_oracle(q, k, v, **options)
+        lse = torch.where(result.lse.isinf(), 0.0, result.lse)
+        return (result.out * x.dout).sum() + (lse * dlse).sum()
+
+    step = 1e-6
+    for name, index in (("q", 0), ("k", 1), ("v", 2)):
+        inputs = [x.q, x.k, x.v]
+        direction = torch.randn_like(inputs[index])
+        ahead, behind = list(inputs), list(inputs)
+        ahead[index] = inputs[index] + step * direction
+        behind[index] = inputs[index] - step * direction
+        slope = float(loss(*ahead) - loss(*behind)) / (2 * step)
+        grad = getattr(want, f"d{name}")
+        assert math.isclose(slope, float((grad * direction).sum()), rel_tol=1e-6, abs_tol=1e-7)
+
+
+@pytest.mark.parametrize("case", ORACLE_CASES, ids=str)
+def test_peer_agrees_with_the_oracle_in_fp64(case: AttnCase) -> None:
+    x = make_inputs(case, "cpu")
+    dlse = torch.randn(case.batch, case.heads[0], case.seqlen_q, dtype=torch.float64)
+    options = dict(scale=0.7, causal=case.causal, dlse=dlse)
+    want = attention_oracle(x.q, x.k, x.v, x.dout, **options)
+    peer = attention_peer(x.q, x.k, x.v, x.dout, **options)
+    for name in ("out", "dq", "dk", "dv"):
+        torch.testing.assert_close(getattr(peer, name), getattr(want, name))
+
+
+GRADCHECK = [
+    AttnCase(5, 5, (2, 2), 4, Mask.none, "fp64"),
+    AttnCase(6, 6, (1, 1), 8, Mask.causal, "fp64", 2),
+    AttnCase(4, 7, (4, 2), 5, Mask.causal, "fp64"),
+    AttnCase(7, 4, (3, 1), 3, Mask.causal, "fp64"),
+    AttnCase(1, 6, (2, 1), 8, Mask.causal, "fp64"),
+    AttnCase(6, 1, (2, 1), 1, Mask.none, "fp64"),
+    AttnCase(3, 9, (6, 2), 7, Mask.none, "fp64"),
+]
+
+
+@pytest.mark.parametrize("case", GRADCHECK, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+def test_gradcheck(case: AttnCase, deterministic: bool) -> None:
+    inputs = [t.requires_grad_() for t in (lambda x: (x.q, x.k, x.v))(make_inputs(case, "cpu"))]
+    options = dict(causal=case.causal, softmax_scale=0.8, deterministic=deterministic)
+
+    def out_and_lse(*qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, _ = flash_attn_func(*qkv, return_attn_probs=True, **options)
+        assert lse.dtype == torch.float64
+        return out, lse.masked_fill(lse.isinf(), 0.0)
+
+    assert torch.autograd.gradcheck(lambda *qkv: flash_attn_func(*qkv, **options), inputs)
+    assert torch.autograd.gradcheck(out_and_lse, inputs)
+
+
+PEAK = """
+import resource
+import torch
+from flash_attn import flash_attn_func
+
+torch.set_num_threads(1)
+
+def run(seqlen_q, seqlen_k, heads, heads_kv):
+    q = torch.randn(1, seqlen_q, heads, 64, dtype={dtype}).requires_grad_()
+    kv = torch.randn(2, 1, seqlen_k, heads_kv, 64, dtype={dtype})
+    k, v = (t.requires_grad_() for t in kv)
+    result = flash_attn_func(q, k, v, causal={causal}, return_attn_probs={lse})
+    out, extra = (result[0], result[1].sum()) if {lse} else (result, 0)
+    (out.sum() + extra).backward()
+
+run(300, 300, {heads})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run({seqlen_q}, 8192, {heads})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "causal", "seqlen_q", "heads", "lse"),
+    [
+        ("torch.float32", True, 8192, "1, 1", False),
+        ("torch.bfloat16", False, 8192, "1, 1", False),
+        ("torch.float32", True, 8000, "2, 1", True),
+    ],
+)
+def test_memory_is_linear_in_the_sequence_length(
+    dtype: str, causal: bool, seqlen_q: int, heads: str, lse: bool
+) -> None:
+    """8192 x 8192 scores alone would take 256 MiB in fp32; all tensors of the call take 30."""
+    code = PEAK.format(dtype=dtype, causal=causal, seqlen_q=seqlen_q, heads=heads, lse=lse)
+    grown_kib = int(run_python(code).split()[-1])
+    assert grown_kib < 128 * 1024, f"peak memory grew by {grown_kib // 1024} MiB"
+
+
+def unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """softmax(Q K^T) V with ordinary operations."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def seconds(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    out = function(*inputs)
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("threads", sorted({1, os.cpu_count() or 1}))
+def test_speed_at_4096_tokens(causal: bool, dtype: torch.dtype, threads: int) -> None:
+    """Forward + backward no slower than unfused attention: best of up to 6 interleaved rounds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare_speed(causal, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+def compare_speed(causal: bool, dtype: torch.dtype) -> None:
+    inputs = [torch.randn(1, 4096, 2, 64, dtype=dtype, requires_grad=True) for _ in range(3)]
+    ours = theirs = math.inf
+    for _ in range(6):
+        theirs = min(theirs, seconds(lambda q, k, v: unfused(q, k, v, causal), *inputs))
+        ours = min(ours, seconds(lambda q, k, v: flash_attn_func(q, k, v, causal=causal), *inputs))
+        if ours <= 1.25 * theirs:
+            return
+    pytest.fail(f"flash_attn_func {ours:.2f} s, unfused {theirs:.2f} s")
+
+
+def test_threads_do_not_change_the_result_much() -> None:
+    case = AttnCase(600, 700, (4, 2), 64, Mask.causal, "fp32")
+    x = make_inputs(case, "cpu")
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(flash_attn_func(x.q, x.k, x.v, causal=True))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(*results)

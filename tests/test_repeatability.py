@@ -1,0 +1,91 @@
+"""Bitwise repeatability, and results that do not depend on what else runs in the same call."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from cases import AttnCase, Mask, everywhere, make_inputs, on_devices
+from harness import assert_bitwise, assert_same_result, run_flash
+
+DIMS = (32, 64, 96, 128, 192, 256)
+REPEATED = [
+    AttnCase(300, 300, (8, 8), d, mask, dtype, batch=4)
+    for (d, dtype), mask in product(zip(DIMS, ("bf16", "fp16") * 3), Mask)
+]
+GROUPED = [AttnCase(257, 513, (12, 3), d, Mask.causal, batch=3) for d in (*DIMS, 40, 72)]
+LONG = [AttnCase(2048, 2048, (4, 4), d, mask, batch=2) for d in (64, 128, 256) for mask in Mask]
+
+
+@on_devices(
+    cpu=[AttnCase(130, 193, (4, 2), 64, Mask.causal, "fp32")], cuda=[*REPEATED, *GROUPED, *LONG]
+)
+def test_deterministic_mode_repeats_bitwise(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    first = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal, deterministic=True)
+    for _ in range(50 if device == "cuda" else 5):
+        again = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal, deterministic=True)
+        assert_same_result(again, first, case, dq_bitwise=True)
+
+
+@on_devices(
+    cpu=[AttnCase(130, 193, (4, 2), 64, Mask.causal, "bf16")], cuda=[*REPEATED, *GROUPED, *LONG]
+)
+def test_default_mode_repeats_bitwise_except_dq(device: str, case: AttnCase) -> None:
+    """Also the race test: 100 runs, so that a rare wrong order shows."""
+    x = make_inputs(case, device)
+    first = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal)
+    for _ in range(100 if device == "cuda" else 3):
+        again = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal)
+        assert_same_result(again, first, case, dq_bitwise=False)
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("mask", list(Mask), ids=lambda m: m.value)
+def test_no_race_in_a_large_batch(device: str, head_dim: int, mask: Mask) -> None:
+    case = AttnCase(239, 1024, (6, 6), head_dim, mask, batch=40)
+    x = make_inputs(case, device)
+    first = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal)
+    for _ in range(250):
+        again = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal)
+        assert_same_result(again, first, case, dq_bitwise=False)
+
+
+@on_devices(
+    cpu=[AttnCase(65, 97, (4, 2), 64, mask, "fp32", batch=3) for mask in Mask],
+    cuda=[
+        AttnCase(sq, sk, (6, 2), d, mask, batch=3)
+        for (sq, sk), d, mask in product(((150, 150), (65, 257)), DIMS, Mask)
+    ],
+)
+def test_a_batch_gives_what_its_elements_give(device: str, case: AttnCase) -> None:
+    """Batch and head invariance: each (batch, head group) alone gives the same bits on CUDA."""
+    x = make_inputs(case, device)
+    options = dict(causal=case.causal, deterministic=True)
+    whole = run_flash(x.q, x.k, x.v, x.dout, **options)
+    group = case.heads[0] // case.heads[1]
+    for batch, head in ((0, 0), (2, 1)):
+        heads = slice(head * group, (head + 1) * group)
+        part = run_flash(
+            x.q[batch : batch + 1, :, heads],
+            x.k[batch : batch + 1, :, head : head + 1],
+            x.v[batch : batch + 1, :, head : head + 1],
+            x.dout[batch : batch + 1, :, heads],
+            **options,
+        )
+        if device == "cpu":
+            continue
+        mine = (whole.out[batch, :, heads], whole.dq[batch, :, heads], whole.dk[batch, :, head])
+        alone = (part.out[0], part.dq[0], part.dk[0, :, 0])
+        for name, a, b in zip(("out", "dq", "dk"), mine, alone):
+            assert_bitwise(name, a, b, f"{case}, batch {batch}, head {head}")
+
+
+@everywhere(AttnCase(130, 130, (4, 2), 64, Mask.causal), AttnCase(130, 130, (4, 2), 128))
+def test_deterministic_changes_only_the_order_of_sums(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    default = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal)
+    fixed = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal, deterministic=True)
+    assert_same_result(fixed, default, case, dq_bitwise=False)

@@ -1,0 +1,143 @@
+"""No shipped kernel spills registers or uses local memory.  Needs nvcc for fresh compilations, never a GPU."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_build
+from csrc import build_config
+from csrc.build_config import BuildError
+from csrc.kernels import kernel_list
+from third_party.fetch_cutlass import CutlassError, find_cutlass
+
+ROOT = Path(__file__).resolve().parents[1]
+# Compiled afresh: the first kernels to spill when something grows, at about a minute each.
+UNITS = os.environ.get("FLASH_ATTN_SPILL_UNITS", "fwd_hd64_bf16 bwd_hd128_bf16").split()
+
+CLEAN = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z3fooPf' for 'sm_90a'
+ptxas info    : Function properties for _Z3fooPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 1024 bytes smem
+"""
+SPILLING = """\
+ptxas warning : Registers are spilled to local memory in function '_Z3barPf', 8 bytes spill stores
+ptxas info    : Compiling entry function '_Z3barPf' for 'sm_80'
+ptxas info    : Function properties for _Z3barPf
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size
+"""
+CALLEE = """\
+ptxas info    : Function properties for _Z6calleev
+    32 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+"""
+
+
+def test_parser_reads_registers_and_shared_memory() -> None:
+    (kernel,) = bench_build.parse_ptxas(CLEAN)
+    assert (kernel.name, kernel.arch) == ("_Z3fooPf", "sm_90a")
+    assert (kernel.registers, kernel.smem) == (168, 1024)
+    assert kernel.is_clean
+
+
+def test_parser_reads_spills_of_each_kernel() -> None:
+    clean, spilling = bench_build.parse_ptxas(CLEAN + SPILLING)
+    assert clean.is_clean
+    assert (spilling.stack, spilling.spill_stores, spilling.spill_loads) == (16, 8, 12)
+    assert not spilling.is_clean
+
+
+def test_parser_counts_functions_that_were_not_inlined() -> None:
+    (kernel,) = bench_build.parse_ptxas(CLEAN + CALLEE)
+    assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (32, 4, 4)
+
+
+def test_parser_of_text_without_kernels() -> None:
+    assert bench_build.parse_ptxas("ptxas info    : 0 bytes gmem\n") == []
+
+
+@pytest.mark.parametrize("change, same", [("int a;  // why", True), ("int b;", False)])
+def test_code_hash_sees_code_only(tmp_path: Path, change: str, same: bool) -> None:
+    (tmp_path / "a.cuh").write_text("int a;")
+    before = bench_build.code_hash(["a.cuh"], tmp_path)
+    (tmp_path / "a.cuh").write_text(change)
+    assert (bench_build.code_hash(["a.cuh"], tmp_path) == before) == same
+
+
+@pytest.fixture(scope="module")
+def compiler() -> bench_build.Compiler:
+    try:
+        if build_config.find_toolkit() is None:
+            pytest.skip("needs nvcc")
+        if find_cutlass() is None:
+            pytest.skip("needs CUTLASS: python3 third_party/fetch_cutlass.py")
+        return bench_build.find_compiler()
+    except (BuildError, CutlassError) as error:
+        pytest.fail(str(error))
+
+
+def test_the_check_sees_a_kernel_that_uses_local_memory(
+    compiler: bench_build.Compiler, tmp_path: Path
+) -> None:
+    source = tmp_path / "local.cu"
+    source.write_text(
+        "__global__ void local(float* x, int i) {\n"
+        "  float a[64];\n"
+        "  for (int j = 0; j < 64; ++j) a[(j * i) & 63] = x[j];\n"
+        "  x[0] = a[i & 63] + a[(i + 7) & 63];\n"
+        "}\n"
+    )
+    (kernel,) = bench_build.compile_file(compiler, source, tmp_path).kernels
+    assert kernel.stack >= 256
+    assert not kernel.is_clean
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNITS)
+def test_kernels_compile_without_spills(
+    compiler: bench_build.Compiler, tmp_path: Path, name: str
+) -> None:
+    sources = bench_build.sources_of_build(compiler.archs)
+    (source,) = bench_build.select(sources, [name])
+    kernels = bench_build.compile_file(compiler, source, tmp_path).kernels
+    assert kernels, f"{name} holds no kernel"
+    spilling = [kernel for kernel in kernels if not kernel.is_clean]
+    assert not spilling, "\n".join(map(str, spilling))
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, dict]:
+    """Units of the committed report by name."""
+    assert bench_build.RESULTS.is_file(), "run benchmarks/bench_build.py"
+    return {u["name"]: u for u in json.loads(bench_build.RESULTS.read_text())["units"]}
+
+
+def _kernel_units() -> list[str]:
+    common = sorted((ROOT / "csrc/kernels/common").glob("*.cu"))
+    return [u.name for u in kernel_list.units()] + [path.stem for path in common]
+
+
+@pytest.mark.parametrize("name", _kernel_units())
+def test_report_shows_no_spills(report: dict[str, dict], name: str) -> None:
+    assert name in report, f"run benchmarks/bench_build.py --units {name}"
+    unit = report[name]
+    kernels = [bench_build.Kernel(**kernel) for kernel in unit["kernels"]]
+    assert any(kernel.arch == "sm_90a" for kernel in kernels)
+    assert all(kernel.is_clean for kernel in kernels), [k for k in kernels if not k.is_clean]
+
+
+@pytest.mark.parametrize("name", _kernel_units())
+def test_report_is_of_the_present_sources(report: dict[str, dict], name: str) -> None:
+    assert name in report, f"run benchmarks/bench_build.py --units {name}"
+    inputs = report[name]["inputs"]
+    assert inputs and all((ROOT / path).is_file() for path in inputs)
+    stale = f"{name} has changed: run benchmarks/bench_build.py --units {name}"
+    assert bench_build.code_hash(inputs) == report[name]["hash"], stale
+
+
+def test_report_is_of_the_present_flags() -> None:
+    flags = json.loads(bench_build.RESULTS.read_text())["flags"]
+    assert flags == bench_build.flags_hash(), "nvcc's flags have changed: run bench_build.py"
