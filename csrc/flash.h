@@ -34,8 +34,10 @@ struct FwdParams {
 // Scratch of the backward pass, allocated by the caller with the sizes of plan_bwd.  The backward clears what it needs.
 struct BwdWorkspace {
   float* dq_accum;  // fp32 dQ in the main kernel's accumulator layout
-  float* rows;      // per query block: LSE in base 2 (+inf for rows that see no key or do not exist), then rowsum(dO * O) - dLSE
-  int* dq_turn;     // per query block: whose turn it is to add to dQ; null unless the sum must be bitwise repeatable
+  float*
+      rows;  // per query block: LSE in base 2 (+inf for rows that see no key or do not exist), then rowsum(dO * O) - dLSE
+  int*
+      dq_turn;  // per query block: whose turn it is to add to dQ; null unless the sum must be bitwise repeatable
 };
 
 struct BwdParams {

@@ -93,8 +93,8 @@ def report() -> str:
             f"CUTLASS {info['cutlass_version']}"
         )
 
-    lines += ["", "What serves what", "  CPU tensors: flash_attn/_reference.py, any head_dim, "]
-    lines[-1] += "fp64, fp32, bf16, fp16; forward and backward"
+    cpu = "flash_attn/_reference.py, head_dim up to 256; fp64, fp32, bf16, fp16"
+    lines += ["", "What serves what", f"  CPU tensors: {cpu}"]
     if info is None:
         lines.append("  CUDA tensors: nothing in this installation")
     else:

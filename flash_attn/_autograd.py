@@ -8,7 +8,6 @@ operators ask of a layout is arranged here.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flash_attn import _ops
 
@@ -28,8 +27,12 @@ class FlashAttn(torch.autograd.Function):
         return (out, softmax_lse) if return_lse else out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dlse=None):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "flash_attn can be differentiated once, not twice: its gradients have no gradients"
+                " of their own, as create_graph=True demands"
+            )
         q, k, v, out, softmax_lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)

@@ -74,7 +74,7 @@ def attention_forward(
         outs[:, :, rows] = out_tile.view_as(outs[:, :, rows])
         lses[:, :, rows] = lse_tile.view_as(lses[:, :, rows])
 
-    return _like(outs, q), lses.view(q.shape[0], q.shape[2], seqlen_q)
+    return _like(outs, q), _own(lses.view(q.shape[0], q.shape[2], seqlen_q))
 
 
 @torch.no_grad()
@@ -151,7 +151,13 @@ def _by_key_head(x: Tensor, heads_k: int) -> Tensor:
 def _like(x: Tensor, original: Tensor) -> Tensor:
     """The inverse of _by_key_head: a contiguous tensor of the original's shape and dtype."""
     batch, seqlen, heads, head_dim = original.shape
-    return x.view(batch, heads, seqlen, head_dim).transpose(1, 2).to(original.dtype).contiguous()
+    x = x.view(batch, heads, seqlen, head_dim).transpose(1, 2)
+    return _own(x.to(original.dtype).contiguous())
+
+
+def _own(x: Tensor) -> Tensor:
+    """Contiguous x, no copy, but no view to autograd: callers may change a result in place."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def _tile(x: Tensor, part: slice) -> Tensor:
@@ -218,7 +224,7 @@ def _torch_forward(
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *map(_heads_first, (q, k, v)), 0.0, causal, scale=softmax_scale
     )
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
+    return _own(out.transpose(1, 2).to(q.dtype).contiguous()), _own(lse.contiguous())
 
 
 def _torch_backward(
@@ -234,7 +240,7 @@ def _torch_backward(
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *map(_heads_first, (dout, q, k, v, out)), lse, 0.0, causal, scale=softmax_scale
     )
-    dq, dk, dv = (grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
+    dq, dk, dv = (_own(grad.transpose(1, 2).to(q.dtype).contiguous()) for grad in grads)
     return dq, dk, dv
 
 

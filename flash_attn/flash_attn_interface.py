@@ -72,7 +72,7 @@ def flash_attn_func(
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value, or the CUDA extension
-            is not built.
+            is not built.  In the backward pass: create_graph=True, as its gradients have none.
         NotImplementedError: an option that a later release brings.
     """
     _checks.check_qkv(q, k, v)

@@ -13,7 +13,7 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # small cases: waiting for other threads would cost most of the time
-    config.addinivalue_line("markers", "slow: long or large; on the GPU, run with -m slow")
+    config.addinivalue_line("markers", "slow: long or large; where also `cuda`, only with -m slow")
     config.addinivalue_line("markers", "cuda: needs a GPU and the extension; else not collected")
     config.addinivalue_line("markers", "gpus(count): skipped with fewer GPUs")
 

@@ -112,7 +112,8 @@ def attention_peer(
         scores = scores.masked_fill(~(see | empty), -torch.inf)
         weights = scores.softmax(-1).masked_fill(empty, 0.0)
         out = (weights @ value).transpose(1, 2)
-        lse = scores.float().logsumexp(-1).masked_fill(empty[:, 0], torch.inf)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        lse = scores.to(wide).logsumexp(-1).masked_fill(empty[:, 0], torch.inf)
         if not grads:
             return Result(out, lse)
         loss = 0.0 if dout is None else (out * dout).sum()

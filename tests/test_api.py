@@ -231,7 +231,8 @@ def package_path() -> list[str]:
 def run_python(code: str, *, path: list[str] | None = None, **environment: str) -> str:
     """Run `code` in a fresh interpreter that finds the same package."""
     env = os.environ | environment
-    env["PYTHONPATH"] = os.pathsep.join(path or package_path())
+    inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    env["PYTHONPATH"] = os.pathsep.join([*(path or package_path()), *inherited])
     ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return ran.stdout

@@ -513,14 +513,23 @@ def test_training_beats_the_unigram_model_and_repeats_by_its_seed():
     assert len(first.curves.held_out) == training.EVALUATIONS + 1
 
 
-def test_training_ends_by_its_time_with_the_schedule_complete():
-    trainer = make_trainer()
+def test_training_ends_by_its_time_with_the_schedule_complete(monkeypatch):
+    trainer, now = make_trainer(), 0.0
+    step = trainer.step
+
+    def step_of_10_ms(window):
+        nonlocal now
+        now += 0.01
+        return step(window)
+
+    monkeypatch.setattr(trainer, "step", step_of_10_ms)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now))
     plan = training.Plan(4, TINY.context, 10**9, 1.5, TINY.learning_rate, seed=0)
     outcome = training.train(trainer, text_corpus(), plan)
-    assert outcome.steps < 10**6
-    assert outcome.seconds < 15
+    assert outcome.steps == pytest.approx(150, abs=1)
+    assert outcome.seconds == pytest.approx(1.5, abs=0.02)
     rate = trainer.optimizer.param_groups[0]["lr"]
-    assert rate < 0.3 * TINY.learning_rate
+    assert rate == pytest.approx(training.FINAL_RATE * TINY.learning_rate, rel=0.05)
 
 
 def test_a_loss_that_is_not_a_number_has_not_learned():

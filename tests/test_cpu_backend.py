@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import AttnCase, Mask, make_inputs
+from cases import AttnCase, Mask, generator, make_inputs, randn
 from oracle import attention_oracle, attention_peer
 from test_api import run_python
 
@@ -33,11 +33,15 @@ ORACLE_CASES = [
 ]
 
 
+def make_dlse(case: AttnCase) -> torch.Tensor:
+    return randn((case.batch, case.heads[0], case.seqlen_q), torch.float64, generator(case, "cpu"))
+
+
 @pytest.mark.parametrize("case", ORACLE_CASES, ids=str)
 def test_oracle_is_the_definition(case: AttnCase) -> None:
     """Loops over scalars, for the values; finite differences of the oracle, for its gradients."""
     x = make_inputs(case, "cpu")
-    dlse = torch.randn(case.batch, case.heads[0], case.seqlen_q, dtype=torch.float64)
+    dlse = make_dlse(case)
     options = dict(scale=0.7, causal=case.causal)
     want = attention_oracle(x.q, x.k, x.v, x.dout, dlse=dlse, **options)
     for b, h, i in itertools.product(range(case.batch), range(case.heads[0]), range(case.seqlen_q)):
@@ -61,7 +65,7 @@ def test_oracle_is_the_definition(case: AttnCase) -> None:
     step = 1e-6
     for name, index in (("q", 0), ("k", 1), ("v", 2)):
         inputs = [x.q, x.k, x.v]
-        direction = torch.randn_like(inputs[index])
+        direction = randn(inputs[index].shape, torch.float64, generator(case, "cpu", 1))
         ahead, behind = list(inputs), list(inputs)
         ahead[index] = inputs[index] + step * direction
         behind[index] = inputs[index] - step * direction
@@ -73,7 +77,7 @@ def test_oracle_is_the_definition(case: AttnCase) -> None:
 @pytest.mark.parametrize("case", ORACLE_CASES, ids=str)
 def test_peer_agrees_with_the_oracle_in_fp64(case: AttnCase) -> None:
     x = make_inputs(case, "cpu")
-    dlse = torch.randn(case.batch, case.heads[0], case.seqlen_q, dtype=torch.float64)
+    dlse = make_dlse(case)
     options = dict(scale=0.7, causal=case.causal, dlse=dlse)
     want = attention_oracle(x.q, x.k, x.v, x.dout, **options)
     peer = attention_peer(x.q, x.k, x.v, x.dout, **options)
@@ -156,11 +160,12 @@ def unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> 
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def seconds(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> float:
-    begin = time.perf_counter()
+def cpu_seconds(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> float:
+    """Of this process, all threads together: what else the machine does is not in it."""
+    begin = time.process_time()
     out = function(*inputs)
     torch.autograd.grad(out, inputs, torch.ones_like(out))
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -180,11 +185,11 @@ def compare_speed(causal: bool, dtype: torch.dtype) -> None:
     inputs = [torch.randn(1, 4096, 2, 64, dtype=dtype, requires_grad=True) for _ in range(3)]
     ours = theirs = math.inf
     for _ in range(6):
-        theirs = min(theirs, seconds(lambda q, k, v: unfused(q, k, v, causal), *inputs))
-        ours = min(ours, seconds(lambda q, k, v: flash_attn_func(q, k, v, causal=causal), *inputs))
-        if ours <= 1.25 * theirs:
+        theirs = min(theirs, cpu_seconds(lambda *qkv: unfused(*qkv, causal), *inputs))
+        ours = min(ours, cpu_seconds(lambda *qkv: flash_attn_func(*qkv, causal=causal), *inputs))
+        if ours <= theirs:
             return
-    pytest.fail(f"flash_attn_func {ours:.2f} s, unfused {theirs:.2f} s")
+    pytest.fail(f"flash_attn_func {ours:.2f} s, unfused {theirs:.2f} s of CPU time")
 
 
 def test_threads_do_not_change_the_result_much() -> None:

@@ -6,6 +6,7 @@ python third_party/fetch_cutlass.py     prints the include folder, downloading i
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -80,9 +81,8 @@ def _pip_command() -> list[str]:
         == 0
     ):
         return command
-    import ensurepip
-
-    bundled = sorted(Path(ensurepip.__file__).parent.glob("_bundled/pip-*.whl"))
+    spec = importlib.util.find_spec("ensurepip")  # some distributions of Python leave it out
+    bundled = sorted(Path(spec.origin).parent.glob("_bundled/pip-*.whl")) if spec else []
     if not bundled:
         raise CutlassError(
             "pip is not available to download CUTLASS; set CUTLASS_PATH to one on disk"

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "flash.h"
+#include "host/device_info.h"
 #include "host/registry.h"
 #include "kernels/tile_config.h"
 
@@ -17,7 +18,9 @@ std::string list_of(EntryType const* entries, Name name) {
   std::string list;
   for (EntryType const* entry = entries; entry->launch; ++entry) {
     std::string const value = name(*entry);
-    if (("," + list + ",").find("," + value + ",") == std::string::npos) { list += (list.empty() ? "" : ",") + value; }
+    if (("," + list + ",").find("," + value + ",") == std::string::npos) {
+      list += (list.empty() ? "" : ",") + value;
+    }
   }
   return list;
 }
@@ -45,31 +48,45 @@ Status launch(Entry<Params> const* entries, Params const& params, cudaStream_t s
     if (entry->head_dim != head_dim || entry->dtype != problem.dtype) { continue; }
     cudaError_t const code = entry->launch(params, stream);
     if (code == cudaSuccess) { return {cudaSuccess, nullptr}; }
-    return failure(code, "launch of the kernel for head_dim %d, %s failed: %s (this build: architectures %s)", head_dim,
-                   name_of(problem.dtype), cudaGetErrorString(code), kBuiltArchs);
+    return failure(code,
+                   "launch of the kernel for head_dim %d, %s failed: %s (built for architectures "
+                   "%s; this GPU allows %d KB of "
+                   "shared memory per thread block)",
+                   head_dim, name_of(problem.dtype), cudaGetErrorString(code), kBuiltArchs,
+                   smem_limit_bytes() / 1024);
   }
   return failure(cudaErrorInvalidValue,
-                 "head_dim %d with %s needs the kernel for head_dim %d, which is not in this build (built: head_dim %s; dtype %s). "
-                 "Rebuild with FLASH_ATTN_HEAD_DIMS and FLASH_ATTN_DTYPES unset, or set so that they hold %d and %s",
-                 problem.head_dim, name_of(problem.dtype), head_dim, head_dims_of(kFwdEntries).c_str(),
-                 dtypes_of(kFwdEntries).c_str(), head_dim, name_of(problem.dtype));
+                 "head_dim %d with %s needs the kernel for head_dim %d, which is not in this build "
+                 "(built: head_dim %s; dtype %s). "
+                 "Rebuild with FLASH_ATTN_HEAD_DIMS and FLASH_ATTN_DTYPES unset, or set so that "
+                 "they hold %d and %s",
+                 problem.head_dim, name_of(problem.dtype), head_dim,
+                 head_dims_of(kFwdEntries).c_str(), dtypes_of(kFwdEntries).c_str(), head_dim,
+                 name_of(problem.dtype));
 }
 
 }  // namespace
 
-Status launch_fwd(FwdParams const& params, cudaStream_t stream) { return launch(kFwdEntries, params, stream); }
-Status launch_bwd(BwdParams const& params, cudaStream_t stream) { return launch(kBwdEntries, params, stream); }
+Status launch_fwd(FwdParams const& params, cudaStream_t stream) {
+  return launch(kFwdEntries, params, stream);
+}
+Status launch_bwd(BwdParams const& params, cudaStream_t stream) {
+  return launch(kBwdEntries, params, stream);
+}
 
 BwdPlan plan_bwd(Problem const& problem) {
-  BwdTile const tile     = bwd_tile(built_head_dim(problem.head_dim));
+  bool const small_smem  = kSmallTiles && has_small_smem();  // as in sm80/bwd_launch.cuh
+  BwdTile const tile     = bwd_tile(built_head_dim(problem.head_dim), small_smem);
   int64_t const m_blocks = ceil_div(problem.seqlen_q, tile.block_m);
   int64_t const rows     = m_blocks * tile.block_m * problem.batch * problem.heads_q;
-  return {rows * built_head_dim(problem.head_dim), 2 * rows, m_blocks * problem.batch * problem.heads_q};
+  return {rows * built_head_dim(problem.head_dim), 2 * rows,
+          m_blocks * problem.batch * problem.heads_q};
 }
 
 BuildInfo build_info() {
   static std::string const head_dims = head_dims_of(kFwdEntries), dtypes = dtypes_of(kFwdEntries);
-  static std::string const families  = std::string(kFwdEntries[0].launch ? "fwd" : "") + (kBwdEntries[0].launch ? ",bwd" : "");
+  static std::string const families =
+      std::string(kFwdEntries[0].launch ? "fwd" : "") + (kBwdEntries[0].launch ? ",bwd" : "");
   return {kBuiltArchs, head_dims.c_str(), dtypes.c_str(), families.c_str()};
 }
 

@@ -17,5 +17,6 @@ using BwdEntry = Entry<BwdParams>;
 extern FwdEntry const kFwdEntries[];
 extern BwdEntry const kBwdEntries[];
 extern char const* const kBuiltArchs;
+extern bool const kSmallTiles;  // whether the backward has its tiles for less shared memory
 
 }  // namespace flash

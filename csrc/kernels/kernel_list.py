@@ -57,3 +57,12 @@ def units(
         if dtype in dtypes
     ]
     return sorted(found, key=lambda u: (_SLOWEST_FAMILY_FIRST.index(u.family), -u.head_dim))
+
+
+# Thread blocks of these get 227 KB of shared memory; sm_80 has 163 KB.
+LARGE_SMEM_ARCHS = (90, 100, 103)
+
+
+def needs_small_tiles(archs: Iterable[int]) -> bool:
+    """Whether a build for archs needs the backward's tiles for less than 227 KB of shared memory."""
+    return any(arch not in LARGE_SMEM_ARCHS for arch in archs)

@@ -17,41 +17,58 @@ constexpr int built_head_dim(int head_dim) {
 
 struct FwdTile {
   int block_m, block_n, warps, stages;  // a stage is one K and one V tile
-  bool q_in_regs;                       // Q fragments stay in registers instead of being read from shared memory per block
-  bool overlap_next;                    // softmax of a block beside P V of the one before (FwdMainloop)
-  int ctas;                             // thread blocks per SM that registers must allow
+  bool
+      q_in_regs;  // Q fragments stay in registers instead of being read from shared memory per block
+  int ctas;       // thread blocks per SM that registers must allow
 };
 
 constexpr FwdTile fwd_tile(int head_dim) {
   switch (head_dim) {
-    case 32:  return {128, 64, 4, 2, true, true, 2};
-    case 64:  return {128, 64, 4, 2, false, true, 2};
-    case 96:  return {128, 64, 4, 2, false, false, 2};
-    case 128: return {128, 64, 4, 2, false, false, 2};
-    case 192: return {128, 64, 8, 2, true, false, 1};
-    default:  return {128, 32, 8, 2, true, false, 1};
+    case 32:
+      return {128, 64, 4, 2, true, 3};
+    case 64:
+      return {128, 64, 4, 2, true, 2};
+    case 96:
+      return {128, 64, 4, 2, false, 2};
+    case 128:
+      return {128, 64, 4, 2, false, 2};
+    case 192:
+      return {128, 64, 8, 2, true, 1};
+    default:
+      return {64, 32, 4, 2, true, 2};
   }
 }
 
 struct BwdTile {
   int block_m, block_n, warps, stages;  // a stage is one Q and one dO tile
-  int sdp_keys;                         // warps along the keys in S^T and dP^T (the others go along the queries)
-  int dkv_keys;                         // warps along the keys in dK and dV (the others go along the head dimension)
-  int dq_queries;                       // warps along the queries in dQ (the others go along the head dimension)
-  int sub_m;                            // queries whose S^T and dP^T are in registers at a time
+  int sdp_keys;    // warps along the keys in S^T and dP^T (the others go along the queries)
+  int dkv_keys;    // warps along the keys in dK and dV (the others go along the head dimension)
+  int dq_queries;  // warps along the queries in dQ (the others go along the head dimension)
+  int sub_m;       // queries whose S^T and dP^T are in registers at a time
   int ctas;
 };
 
 // sdp_keys == dkv_keys == warps keeps P^T and dS^T in registers as the A operand of dV and dK.
-constexpr BwdTile bwd_tile(int head_dim) {
+// small_smem: for thread blocks of at most 163 KB (sm_80) instead of 227 KB (sm_90).
+constexpr BwdTile bwd_tile(int head_dim, bool small_smem) {
   switch (head_dim) {
-    case 32:  return {64, 128, 4, 2, 4, 4, 2, 32, 2};
-    case 64:  return {64, 128, 4, 2, 4, 4, 2, 32, 2};
-    case 96:  return {64, 64, 4, 2, 2, 2, 2, 64, 2};
-    case 128: return {64, 64, 4, 2, 2, 2, 2, 64, 2};
-    case 192: return {64, 64, 8, 2, 2, 2, 2, 64, 1};
-    default:  return {64, 64, 8, 2, 2, 2, 2, 64, 1};
+    case 32:
+      return {64, 128, 4, 2, 4, 4, 2, 32, 2};
+    case 64:
+      return {64, 128, 4, 2, 4, 4, 2, 32, 2};
+    case 96:
+      return {64, 64, 4, 2, 2, 2, 2, 64, 2};
+    case 128:
+      return {64, 128, 8, 2, 4, 2, 2, 64, 1};
+    case 192:
+      return small_smem ? BwdTile{64, 64, 8, 2, 2, 2, 2, 64, 1}
+                        : BwdTile{64, 96, 8, 2, 2, 2, 2, 64, 1};
+    default:
+      return small_smem ? BwdTile{32, 64, 8, 2, 4, 2, 2, 32, 1}
+                        : BwdTile{64, 64, 8, 2, 2, 2, 2, 64, 1};
   }
 }
+
+constexpr bool has_small_bwd_tile(int head_dim) { return head_dim > 128; }
 
 }  // namespace flash

@@ -9,10 +9,13 @@
 
 namespace flash {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(at::Tensor const& dout_in, at::Tensor const& q_in, at::Tensor const& k_in,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(at::Tensor const& dout_in,
+                                                   at::Tensor const& q_in, at::Tensor const& k_in,
                                                    at::Tensor const& v_in, at::Tensor const& out_in,
-                                                   at::Tensor const& softmax_lse, std::optional<at::Tensor> const& dlse_in,
-                                                   double softmax_scale, bool causal, bool deterministic) {
+                                                   at::Tensor const& softmax_lse,
+                                                   std::optional<at::Tensor> const& dlse_in,
+                                                   double softmax_scale, bool causal,
+                                                   bool deterministic) {
   check_qkv(q_in, k_in, v_in);
   check_like(dout_in, "dout", q_in, q_in.sizes());
   check_like(out_in, "out", q_in, q_in.sizes());
@@ -20,11 +23,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(at::Tensor const& dout_in, at
   if (dlse_in) { check_rows(*dlse_in, "dlse", q_in); }
   c10::cuda::CUDAGuard const guard(q_in.device());
   bool const negative = softmax_scale < 0;  // as in the forward pass: its sign is moved into Q
-  at::Tensor const q = aligned(negative ? q_in.neg() : q_in), k = aligned(k_in), v = aligned(v_in), out = aligned(out_in),
-                   dout = aligned(dout_in), lse = softmax_lse.contiguous();
+  at::Tensor const q = aligned(negative ? q_in.neg() : q_in), k = aligned(k_in), v = aligned(v_in),
+                   out = aligned(out_in), dout = aligned(dout_in), lse = softmax_lse.contiguous();
   at::Tensor const dlse = dlse_in ? dlse_in->contiguous() : at::Tensor();
 
-  at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
+  at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
+             dv = at::empty(v.sizes(), v.options());
   if (q.numel() == 0 || k.numel() == 0) {
     dq.zero_(), dk.zero_(), dv.zero_();
     return {dq, dk, dv};
@@ -32,9 +36,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(at::Tensor const& dout_in, at
   Problem const problem = make_problem(q, k, std::abs(softmax_scale), causal);
   BwdPlan const plan    = plan_bwd(problem);
   // One allocation: dq_accum, rows, then the turns as 32-bit integers.
-  at::Tensor workspace = at::empty({plan.dq_accum + plan.rows + (deterministic ? plan.turns : 0)}, lse.options());
-  float* const base    = workspace.data_ptr<float>();
-  float* const rows    = base + plan.dq_accum;
+  at::Tensor workspace =
+      at::empty({plan.dq_accum + plan.rows + (deterministic ? plan.turns : 0)}, lse.options());
+  float* const base = workspace.data_ptr<float>();
+  float* const rows = base + plan.dq_accum;
   BwdParams params{};
   params.problem   = problem;
   params.dout      = ref(dout);
@@ -47,7 +52,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(at::Tensor const& dout_in, at
   params.dv        = ref(dv);
   params.lse       = lse.data_ptr<float>();
   params.dlse      = dlse_in ? dlse.data_ptr<float>() : nullptr;
-  params.workspace = {base, rows, deterministic ? reinterpret_cast<int*>(rows + plan.rows) : nullptr};
+  params.workspace = {base, rows,
+                      deterministic ? reinterpret_cast<int*>(rows + plan.rows) : nullptr};
   check_status(launch_bwd(params, c10::cuda::getCurrentCUDAStream()));
   if (negative) { dq.neg_(); }
   return {dq, dk, dv};

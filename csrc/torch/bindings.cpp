@@ -1,5 +1,6 @@
 // The extension module: importing it registers the CUDA operators; build_info() says what this build holds.
 #include <cuda_runtime_api.h>
+#include <cutlass/version.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -32,12 +33,14 @@ pybind11::list split(char const* text, bool as_integers) {
 pybind11::dict build_info() {
   flash::BuildInfo const info = flash::build_info();
   pybind11::dict result;
-  result["archs"]           = split(info.archs, true);
-  result["head_dims"]       = split(info.head_dims, true);
-  result["dtypes"]          = split(info.dtypes, false);
-  result["families"]        = split(info.families, false);
-  result["cuda_version"]    = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-  result["cutlass_version"] = FLASH_CUTLASS_VERSION;
+  result["archs"]     = split(info.archs, true);
+  result["head_dims"] = split(info.head_dims, true);
+  result["dtypes"]    = split(info.dtypes, false);
+  result["families"]  = split(info.families, false);
+  result["cuda_version"] =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  result["cutlass_version"] = std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) +
+                              "." + std::to_string(CUTLASS_PATCH);
   return result;
 }
 
@@ -45,5 +48,7 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(flash_attn_2_cuda, m) {
   m.doc() = "CUDA kernels of flash_attn; importing registers the operators torch.ops.flash_attn.*";
-  m.def("build_info", &build_info, "What this build holds: archs, head_dims, dtypes, families, cuda_version, cutlass_version.");
+  m.def(
+      "build_info", &build_info,
+      "What this build holds: archs, head_dims, dtypes, families, cuda_version, cutlass_version.");
 }

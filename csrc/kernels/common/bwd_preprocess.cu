@@ -20,7 +20,8 @@ template <class Pair, class Element>
 __device__ float dot_rows(Element const* a, Element const* b, int head_dim, int lane) {
   float sum = 0.f;
   for (int column = lane * kVector; column < head_dim; column += kLanesPerRow * kVector) {
-    uint4 const va = *reinterpret_cast<uint4 const*>(a + column), vb = *reinterpret_cast<uint4 const*>(b + column);
+    uint4 const va = *reinterpret_cast<uint4 const*>(a + column),
+                vb = *reinterpret_cast<uint4 const*>(b + column);
     Pair const *pa = reinterpret_cast<Pair const*>(&va), *pb = reinterpret_cast<Pair const*>(&vb);
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) {
@@ -35,31 +36,36 @@ __device__ float dot_rows(Element const* a, Element const* b, int head_dim, int 
 
 template <class Pair, class Element>
 __global__ void __launch_bounds__(kThreads)
-    bwd_preprocess_kernel(__grid_constant__ BwdParams const params, int block_m, int built_head_dim) {
+    bwd_preprocess_kernel(__grid_constant__ BwdParams const params, int block_m,
+                          int built_head_dim) {
   Problem const& problem = params.problem;
-  int const m_blocks = ceil_div(problem.seqlen_q, block_m);
+  int const m_blocks     = ceil_div(problem.seqlen_q, block_m);
   int const pair = blockIdx.x / m_blocks, row0 = blockIdx.x % m_blocks * block_m;
   int const batch = pair / problem.heads_q, head = pair % problem.heads_q;
 
-  float4* const dq = reinterpret_cast<float4*>(params.workspace.dq_accum) + int64_t(blockIdx.x) * block_m * (built_head_dim / 4);
-  for (int i = threadIdx.x; i < block_m * (built_head_dim / 4); i += kThreads) { dq[i] = make_float4(0.f, 0.f, 0.f, 0.f); }
+  float4* const dq = reinterpret_cast<float4*>(params.workspace.dq_accum) +
+                     int64_t(blockIdx.x) * block_m * (built_head_dim / 4);
+  for (int i = threadIdx.x; i < block_m * (built_head_dim / 4); i += kThreads) {
+    dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
   if (params.workspace.dq_turn && threadIdx.x == 0) { params.workspace.dq_turn[blockIdx.x] = 0; }
 
   auto matrix = [&](TensorRef const& t) {
     return static_cast<Element const*>(t.data) + batch * t.batch_stride + head * t.head_stride;
   };
   Element const *out = matrix(params.out), *dout = matrix(params.dout);
-  int const lane = threadIdx.x % kLanesPerRow;
+  int const lane        = threadIdx.x % kLanesPerRow;
   int64_t const rows_in = int64_t(pair) * problem.seqlen_q;
   float* const rows     = params.workspace.rows + int64_t(blockIdx.x) * 2 * block_m;
   for (int i = threadIdx.x / kLanesPerRow; i < block_m; i += kRowsPerPass) {
-    int const row    = row0 + i;
+    int const row     = row0 + i;
     bool const exists = row < problem.seqlen_q;
     float sum = 0.f, lse = INFINITY;
     if (exists) { lse = params.lse[rows_in + row]; }
     // The eight lanes of a row agree, and a shuffle inside dot_rows needs all 32: rows that do not exist read row 0.
     int const safe = exists ? row : 0;
-    sum = dot_rows<Pair>(dout + safe * params.dout.row_stride, out + safe * params.out.row_stride, problem.head_dim, lane);
+    sum = dot_rows<Pair>(dout + safe * params.dout.row_stride, out + safe * params.out.row_stride,
+                         problem.head_dim, lane);
     if (exists && params.dlse) { sum -= params.dlse[rows_in + row]; }
     if (lane == 0) {
       // P of a row that sees no key, or does not exist, is exp2(s - inf) = 0.
@@ -71,11 +77,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_bwd_preprocess(BwdParams const& params, int block_m, int built_head_dim, cudaStream_t stream) {
+cudaError_t launch_bwd_preprocess(BwdParams const& params, int block_m, int built_head_dim,
+                                  cudaStream_t stream) {
   Problem const& problem = params.problem;
-  int64_t const tiles    = int64_t(ceil_div(problem.seqlen_q, block_m)) * problem.batch * problem.heads_q;
-  auto const kernel      = problem.dtype == DType::kFp16 ? &bwd_preprocess_kernel<__half2, __half>
-                                                         : &bwd_preprocess_kernel<__nv_bfloat162, __nv_bfloat16>;
+  int64_t const tiles =
+      int64_t(ceil_div(problem.seqlen_q, block_m)) * problem.batch * problem.heads_q;
+  auto const kernel = problem.dtype == DType::kFp16
+                          ? &bwd_preprocess_kernel<__half2, __half>
+                          : &bwd_preprocess_kernel<__nv_bfloat162, __nv_bfloat16>;
   return launch_tiles(kernel, tiles, kThreads, 0, stream, params, block_m, built_head_dim);
 }
 

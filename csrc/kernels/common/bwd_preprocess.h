@@ -5,6 +5,7 @@
 namespace flash {
 
 // Writes workspace.rows, clears dq_accum and dq_turn.  block_m, built_head_dim: of the main kernel that follows.
-cudaError_t launch_bwd_preprocess(BwdParams const& params, int block_m, int built_head_dim, cudaStream_t stream);
+cudaError_t launch_bwd_preprocess(BwdParams const& params, int block_m, int built_head_dim,
+                                  cudaStream_t stream);
 
 }  // namespace flash

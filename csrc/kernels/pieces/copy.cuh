@@ -3,6 +3,8 @@
 // Used by: every main loop.  Invariant: rows >= rows_left and columns >= head_dim arrive as zeros and are never read.
 #include <cute/tensor.hpp>
 
+#include "pieces/head.cuh"
+
 namespace flash {
 using namespace cute;
 
@@ -33,9 +35,9 @@ CUTE_DEVICE void cp_async_wait() {
 template <class Element, int kRows, int kColumns, int kThreads>
 struct TileCopy {
   static constexpr int kAtomColumns = kColumns % 64 == 0 ? 64 : 32;
-  static constexpr int kChunks      = kAtomColumns / 8;    // 16-byte chunks in a row of the atom
-  static constexpr int kRowStep     = kThreads / kChunks;  // rows that one pass of all threads covers
-  static constexpr int kSteps       = kRows / kRowStep, kAtoms = kColumns / kAtomColumns;
+  static constexpr int kChunks      = kAtomColumns / 8;  // 16-byte chunks in a row of the atom
+  static constexpr int kRowStep = kThreads / kChunks;    // rows that one pass of all threads covers
+  static constexpr int kSteps = kRows / kRowStep, kAtoms = kColumns / kAtomColumns;
   static_assert(kThreads % kChunks == 0 && kRows % kRowStep == 0, "whole passes of all threads");
   static_assert(kRowStep % 8 == 0, "a pass covers whole swizzle periods");
 
@@ -60,13 +62,15 @@ struct TileCopy {
     // Steps are whole swizzle periods and atoms lie one after another: shared addresses differ by constants.
     Element* const target = &sTile(row(thread), column(thread));
     Element const* line   = next;
+    int const columns =
+        head_dim - column(opaque(thread));  // computed anew each time: kept, it was spilled
     CUTE_UNROLL
     for (int i = 0; i < kSteps; ++i) {
       bool const exists = !kCheckRows || row(thread) + i * kRowStep < rows_left;
       CUTE_UNROLL
       for (int j = 0; j < kAtoms; ++j) {
-        cp_async_16(target + i * kRowStep * kAtomColumns + j * kRows * kAtomColumns, line + j * kAtomColumns,
-                    exists && column(thread) + j * kAtomColumns < head_dim);
+        cp_async_16(target + i * kRowStep * kAtomColumns + j * kRows * kAtomColumns,
+                    line + j * kAtomColumns, exists && j * kAtomColumns < columns);
       }
       line += kRowStep * row_stride;
     }

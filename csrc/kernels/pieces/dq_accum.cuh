@@ -10,21 +10,28 @@ using namespace cute;
 
 CUTE_DEVICE void red_add_4(float* address, float a, float b, float c, float d) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(a), "f"(b),
+               "f"(c), "f"(d)
+               : "memory");
 #else
-  atomicAdd(address, a), atomicAdd(address + 1, b), atomicAdd(address + 2, c), atomicAdd(address + 3, d);
+  atomicAdd(address, a), atomicAdd(address + 1, b), atomicAdd(address + 2, c),
+      atomicAdd(address + 3, d);
 #endif
 }
 
 // turn_counter (null: any order): the tiles that add to a block do so in the order of their turn, which makes the sum bitwise
 // repeatable.  Tiles with a smaller turn have a smaller block index, so they run or have run: the wait ends.
 template <int kThreads, class TensorR>
-CUTE_DEVICE void add_to_dq(float* block, TensorR const& tdQrdQ, int* turn_counter, int turn, int thread) {
+CUTE_DEVICE void add_to_dq(float* block, TensorR const& tdQrdQ, int* turn_counter, int turn,
+                           int thread) {
   if (turn_counter) {
     if (thread == 0) {
       int now;
       do {
-        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(turn_counter) : "memory");
+        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];"
+                     : "=r"(now)
+                     : "l"(turn_counter)
+                     : "memory");
       } while (now != turn);
     }
     __syncthreads();  // PROTECTS: no thread adds before thread 0 has seen the turn.
@@ -32,7 +39,8 @@ CUTE_DEVICE void add_to_dq(float* block, TensorR const& tdQrdQ, int* turn_counte
   float* const mine = block + thread * 4;
   CUTE_UNROLL
   for (int i = 0; i < size(tdQrdQ) / 4; ++i) {
-    red_add_4(mine + i * kThreads * 4, tdQrdQ(i * 4), tdQrdQ(i * 4 + 1), tdQrdQ(i * 4 + 2), tdQrdQ(i * 4 + 3));
+    red_add_4(mine + i * kThreads * 4, tdQrdQ(i * 4), tdQrdQ(i * 4 + 1), tdQrdQ(i * 4 + 2),
+              tdQrdQ(i * 4 + 3));
   }
   if (turn_counter) {
     __threadfence();

@@ -21,7 +21,8 @@ CUTE_HOST_DEVICE constexpr auto rows_columns(Layout_ const& layout) {
 // are, value for value, one k16 atom of A.
 template <class Layout_>
 CUTE_HOST_DEVICE constexpr auto as_operand_a(Layout_ const& layout) {
-  auto split = logical_divide(layout, Shape<Underscore, Underscore, _2>{});  // (4, MMA_M, (2, MMA_N / 2))
+  auto split =
+      logical_divide(layout, Shape<Underscore, Underscore, _2>{});  // (4, MMA_M, (2, MMA_N / 2))
   return make_layout(make_layout(get<0>(split), get<2, 0>(split)), get<1>(split), get<2, 1>(split));
 }
 

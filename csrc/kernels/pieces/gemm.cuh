@@ -38,7 +38,8 @@ struct SmemOperand {
   }
   // Loads part j (one ldmatrix.x4) of k-step k.
   template <class TensorSource, class TensorFragment>
-  CUTE_DEVICE static void load(TensorSource const& tCsX, TensorFragment& tCrX, int j, int k, int thread) {
+  CUTE_DEVICE static void load(TensorSource const& tCsX, TensorFragment& tCrX, int j, int k,
+                               int thread) {
     auto view = TiledCopy_{}.get_thread_slice(thread).retile_D(tCrX);
     copy(TiledCopy_{}, tCsX(_, j, k), view(_, j, k));
   }
@@ -64,8 +65,8 @@ CUTE_DEVICE auto load_fragments(TensorS const& sTile, int thread) {
 // called after the i-th part of the product: work that does not depend on it, to be issued while the tensor cores are busy.
 template <class OperandB, class TiledMma, class TensorC, class TensorA, class TensorB, class LoadA,
           class Beside>
-CUTE_DEVICE void gemm_pipelined(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB const& sB, int thread, LoadA load_a,
-                                Beside beside) {
+CUTE_DEVICE void gemm_pipelined(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB const& sB,
+                                int thread, LoadA load_a, Beside beside) {
   auto tCsB            = OperandB::source(sB, thread);
   auto tCrB            = OperandB::fragments(sB, thread);
   constexpr int kParts = decltype(size<1>(tCsB))::value, kSteps = decltype(size<2>(tCrA))::value;
@@ -81,7 +82,8 @@ CUTE_DEVICE void gemm_pipelined(TiledMma mma, TensorC& tCrC, TensorA& tCrA, Tens
       for (int n = j * kAtoms; n < (j + 1) * kAtoms; ++n) {
         CUTE_UNROLL
         for (int i = 0; i < size<1>(tCrC); ++i) {
-          int const m = n % 2 ? size<1>(tCrC) - 1 - i : i;  // back and forth: neighbours share an operand
+          int const m =
+              n % 2 ? size<1>(tCrC) - 1 - i : i;  // back and forth: neighbours share an operand
           gemm(mma, tCrA(_, m, k), tCrB(_, n, k), tCrC(_, m, n));
         }
       }
@@ -92,21 +94,31 @@ CUTE_DEVICE void gemm_pipelined(TiledMma mma, TensorC& tCrC, TensorA& tCrA, Tens
 }
 
 // A and B from shared memory.
-template <class OperandA, class OperandB, class TiledMma, class TensorC, class TensorA, class TensorB>
-CUTE_DEVICE void gemm_ss(TiledMma mma, TensorC& tCrC, TensorA const& sA, TensorB const& sB, int thread) {
+template <class OperandA, class OperandB, class TiledMma, class TensorC, class TensorA,
+          class TensorB, class Beside>
+CUTE_DEVICE void gemm_ss(TiledMma mma, TensorC& tCrC, TensorA const& sA, TensorB const& sB,
+                         int thread, Beside beside) {
   auto tCsA = OperandA::source(sA, thread);
   auto tCrA = OperandA::fragments(sA, thread);
-  gemm_pipelined<OperandB>(mma, tCrC, tCrA, sB, thread, [&](int k) { OperandA::load(tCsA, tCrA, k, thread); },
-                           [](int) {});
+  gemm_pipelined<OperandB>(
+      mma, tCrC, tCrA, sB, thread, [&](int k) { OperandA::load(tCsA, tCrA, k, thread); }, beside);
+}
+template <class OperandA, class OperandB, class TiledMma, class TensorC, class TensorA,
+          class TensorB>
+CUTE_DEVICE void gemm_ss(TiledMma mma, TensorC& tCrC, TensorA const& sA, TensorB const& sB,
+                         int thread) {
+  gemm_ss<OperandA, OperandB>(mma, tCrC, sA, sB, thread, [](int) {});
 }
 
 // A in registers, B from shared memory.
 template <class OperandB, class TiledMma, class TensorC, class TensorA, class TensorB, class Beside>
-CUTE_DEVICE void gemm_rs(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB const& sB, int thread, Beside beside) {
+CUTE_DEVICE void gemm_rs(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB const& sB, int thread,
+                         Beside beside) {
   gemm_pipelined<OperandB>(mma, tCrC, tCrA, sB, thread, [](int) {}, beside);
 }
 template <class OperandB, class TiledMma, class TensorC, class TensorA, class TensorB>
-CUTE_DEVICE void gemm_rs(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB const& sB, int thread) {
+CUTE_DEVICE void gemm_rs(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB const& sB,
+                         int thread) {
   gemm_rs<OperandB>(mma, tCrC, tCrA, sB, thread, [](int) {});
 }
 

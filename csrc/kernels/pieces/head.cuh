@@ -9,7 +9,8 @@ namespace flash {
 // First element of one head's (seqlen, head_dim) matrix.
 template <class Element>
 CUTE_DEVICE Element* matrix_of(TensorRef const& tensor, int batch, int head) {
-  return static_cast<Element*>(tensor.data) + batch * tensor.batch_stride + head * tensor.head_stride;
+  return static_cast<Element*>(tensor.data) + batch * tensor.batch_stride +
+         head * tensor.head_stride;
 }
 
 // blockIdx.x, read anew: the compiler cannot keep what was computed from an earlier read.

@@ -1,9 +1,10 @@
 #pragma once
 // Numbers: fp32 accumulators to 16 bits, base-2 exponentials, reductions over the four lanes that share a row.
 // Used by: the main loops and epilogues.
-#include <cute/tensor.hpp>
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
+
+#include <cute/tensor.hpp>
 
 namespace flash {
 using namespace cute;

@@ -16,38 +16,40 @@ constexpr float kLargeLog2 = 65536.f;
 
 // The smallest scale: with 0, hidden scores of -inf would become NaN.
 constexpr float kMinScaleLog2 = 1e-30f;
-// Scaled reference of a row that has seen no key: finite, so that exp2(-inf - it) is 0 and not NaN.
+// Reference of a row that has seen no key: finite, so that exp2((-inf - it) * scale) is 0 and not NaN.
 constexpr float kNoReference = -1e30f;
 
 template <int kRows>
 struct Softmax {
   static constexpr int kRowCount = kRows;
-  float row_ref[kRows];   // unscaled; -inf: no key seen
-  float offset[kRows];    // what is subtracted from the scaled scores: row_ref * scale_log2, or 0 where that is large
-  float row_sum[kRows];   // this lane's part until finish()
-  float scale_log2;       // softmax_scale * log2(e), at least kMinScaleLog2
-  bool shift_first;       // some row's reference is large: scores are shifted before they are scaled
+  float row_ref[kRows];  // unscaled
+  float row_sum[kRows];  // this lane's part until finish()
+  float offset
+      [kRows];  // from update() to the last exponentials(): what is subtracted from the scaled scores
+  float scale_log2;  // softmax_scale * log2(e), at least kMinScaleLog2
 
-  CUTE_DEVICE explicit Softmax(float scale_log2_) : scale_log2(fmaxf(scale_log2_, kMinScaleLog2)), shift_first(false) {
+  CUTE_DEVICE explicit Softmax(float scale_log2_) : scale_log2(fmaxf(scale_log2_, kMinScaleLog2)) {
     CUTE_UNROLL
-    for (int r = 0; r < kRows; ++r) { row_ref[r] = -INFINITY, offset[r] = kNoReference, row_sum[r] = 0.f; }
+    for (int r = 0; r < kRows; ++r) { row_ref[r] = kNoReference, row_sum[r] = 0.f; }
   }
 
   // The references of this block of scores (kRows, columns).  True, for the whole warp, when some reference has moved: then O,
   // once it holds all earlier blocks, must be multiplied by shrink.
   template <class TensorS>
   CUTE_DEVICE bool update(TensorS& scores, float (&shrink)[kRows]) {
-    float row_max[kRows];
-    bool moves = shift_first;
+    float row_max[kRows], largest = 0.f;
+    bool moves = false;
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       row_max[r] = scores(r, 0);
       CUTE_UNROLL
       for (int c = 1; c < size<1>(scores); ++c) { row_max[r] = fmaxf(row_max[r], scores(r, c)); }
       row_max[r] = quad_max(row_max[r]);
+      offset[r]  = row_ref[r] * scale_log2;
+      largest    = fmaxf(largest, fabsf(offset[r]));
       moves |= fmaf(row_max[r], scale_log2, -offset[r]) > kLazyRescaleLog2;
     }
-    moves = __any_sync(~0u, moves);
+    moves = __any_sync(~0u, moves | (largest > kLargeLog2));
     if (moves) { move_references(scores, row_max, shrink); }
     return moves;
   }
@@ -76,33 +78,32 @@ struct Softmax {
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       float const sum = quad_sum(row_sum[r]);
-      bool const none = sum == 0.f;  // not row_ref == -inf: a row of NaN has no reference either, and stays NaN
-      lse[r]          = none ? INFINITY : (row_ref[r] * scale_log2 + __log2f(sum)) * kLn2;
-      row_sum[r]      = none ? 0.f : 1.f / sum;
+      bool const none =
+          sum == 0.f;  // not row_ref: a row of NaN has no reference either, and stays NaN
+      lse[r]     = none ? INFINITY : (row_ref[r] * scale_log2 + __log2f(sum)) * kLn2;
+      row_sum[r] = none ? 0.f : 1.f / sum;
     }
   }
 
  private:
-  // Rare: after the first blocks of a row its maximum seldom grows by kLazyRescaleLog2.
+  // Rare: after the first blocks of a row its maximum seldom grows by kLazyRescaleLog2.  Always taken where a reference is so
+  // large that scores must be shifted before they are scaled.
   template <class TensorS>
-  CUTE_DEVICE void move_references(TensorS& scores, float const (&row_max)[kRows], float (&shrink)[kRows]) {
-    bool any_large = false;
+  CUTE_DEVICE void move_references(TensorS& scores, float const (&row_max)[kRows],
+                                   float (&shrink)[kRows]) {
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       float const ref  = fmaxf(row_ref[r], row_max[r]);
-      bool const none  = ref == -INFINITY;
-      bool const large = !none && fabsf(ref) * scale_log2 > kLargeLog2;
-      shrink[r]        = none ? 1.f : exp2_approx((row_ref[r] - ref) * scale_log2);
+      bool const large = ref != kNoReference && fabsf(ref) * scale_log2 > kLargeLog2;
+      shrink[r]        = exp2_approx((row_ref[r] - ref) * scale_log2);
       row_ref[r]       = ref;
-      offset[r]        = none ? kNoReference : large ? 0.f : ref * scale_log2;
+      offset[r]        = large ? 0.f : ref * scale_log2;
       row_sum[r] *= shrink[r];
-      any_large |= large;
       if (large) {
         CUTE_UNROLL
         for (int c = 0; c < size<1>(scores); ++c) { scores(r, c) -= ref; }
       }
     }
-    shift_first = __any_sync(~0u, any_large);
   }
 };
 

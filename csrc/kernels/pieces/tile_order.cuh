@@ -32,7 +32,8 @@ struct TileOrder {
     if (longest_first) {
       uint32_t const group_tiles = uint32_t(blocks) * uint32_t(heads_per_group);
       uint32_t const group = index / group_tiles, in_group = index - group * group_tiles;
-      uint32_t const first_pair = group * uint32_t(heads_per_group), left = uint32_t(pairs) - first_pair;
+      uint32_t const first_pair = group * uint32_t(heads_per_group),
+                     left       = uint32_t(pairs) - first_pair;
       uint32_t const width = left < uint32_t(heads_per_group) ? left : uint32_t(heads_per_group);
       uint32_t const rank  = in_group / width;
       block                = uint32_t(blocks) - 1 - rank;
@@ -55,7 +56,7 @@ inline TileOrder make_tile_order(int blocks, int batch, int heads, int heads_per
 // Heads whose working set (bytes_per_head each) stays in L2 together: about half of a 50 to 60 MB L2.
 inline int heads_in_l2(int64_t bytes_per_head) {
   constexpr int64_t kL2Budget = int64_t(32) << 20;
-  int64_t const fit = kL2Budget / (bytes_per_head > 0 ? bytes_per_head : 1);
+  int64_t const fit           = kL2Budget / (bytes_per_head > 0 ? bytes_per_head : 1);
   return fit < 1 ? 1 : fit > 1024 ? 1024 : int(fit);
 }
 

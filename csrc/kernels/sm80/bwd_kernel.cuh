@@ -18,8 +18,8 @@ CUTE_DEVICE TileCoord key_tile(TileOrder const& order, int index) {
 template <class Traits, MaskKind kMask>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     bwd_kernel(__grid_constant__ BwdParams const params, __grid_constant__ TileOrder const order) {
-  using Element = typename Traits::Element;
-  using TileK   = typename Traits::TileK;
+  using Element         = typename Traits::Element;
+  using TileK           = typename Traits::TileK;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Element* const smem    = reinterpret_cast<Element*>(smem_bytes);
@@ -37,11 +37,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     BlockRange const blocks = query_blocks<kBlockM, kBlockN>(see, tile.block);
     int const group = problem.heads_q / problem.heads_kv, head = tile.head * group;
     typename BwdMainloop<Traits, kMask>::Operands const operands{
-        matrix_of<Element>(params.q, tile.batch, head),      matrix_of<Element>(params.dout, tile.batch, head),
-        matrix_of<Element>(params.k, tile.batch, tile.head), matrix_of<Element>(params.v, tile.batch, tile.head),
-        tile.batch * problem.heads_q + head,                 group};
+        matrix_of<Element>(params.q, tile.batch, head),
+        matrix_of<Element>(params.dout, tile.batch, head),
+        matrix_of<Element>(params.k, tile.batch, tile.head),
+        matrix_of<Element>(params.v, tile.batch, tile.head),
+        tile.batch * problem.heads_q + head,
+        group};
     if (blocks.first < blocks.end) {
-      BwdMainloop<Traits, kMask>::run(params, operands, see, blocks, tile.block, smem, tdKrdK, tdVrdV);
+      BwdMainloop<Traits, kMask>::run(params, operands, see, blocks, tile.block, smem, tdKrdK,
+                                      tdVrdV);
     }
   }
 
@@ -58,8 +62,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   int const col0 = tile.block * kBlockN;
   auto store     = [&](auto const& sTile, TensorRef const& target) {
     smem_to_rows<kBlockN, Traits::kHeadDim, Traits::kThreads>(
-        sTile, matrix_of<Element>(target, tile.batch, tile.head) + col0 * target.row_stride, target.row_stride,
-        problem.seqlen_k - col0, problem.head_dim, thread);
+        sTile, matrix_of<Element>(target, tile.batch, tile.head) + col0 * target.row_stride,
+        target.row_stride, problem.seqlen_k - col0, problem.head_dim, thread);
   };
   store(sdK, params.dk);
   store(sdV, params.dv);

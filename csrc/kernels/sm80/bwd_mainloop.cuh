@@ -32,8 +32,9 @@ struct BwdMainloop {
 
   // tdKrdK, tdVrdV must be zero on entry; dK is still to be multiplied by softmax_scale.  blocks must not be empty.
   template <class TensorK>
-  CUTE_DEVICE static void run(BwdParams const& params, Operands const& in, Visibility<kMask> const& see, BlockRange const& blocks,
-                              int n_block, Element* smem, TensorK& tdKrdK, TensorK& tdVrdV) {
+  CUTE_DEVICE static void run(BwdParams const& params, Operands const& in,
+                              Visibility<kMask> const& see, BlockRange const& blocks, int n_block,
+                              Element* smem, TensorK& tdKrdK, TensorK& tdVrdV) {
     int const thread = threadIdx.x, col0 = n_block * kBlockN, head_dim = params.problem.head_dim;
     int const m_blocks = ceil_div(see.seqlen_q, kBlockM), keys_left = see.seqlen_k - col0;
     float const scale_log2 = fmaxf(params.problem.scale * kLog2E, kMinScaleLog2);
@@ -49,7 +50,8 @@ struct BwdMainloop {
     int64_t const q_stride = params.q.row_stride, dout_stride = params.dout.row_stride;
     CopyQ copy_q(in.q + blocks.first * kBlockM * q_stride, q_stride, head_dim, thread);
     CopyQ copy_dout(in.dout + blocks.first * kBlockM * dout_stride, dout_stride, head_dim, thread);
-    auto start_stage = [&](int stage, int index, int m_block) {  // index: of the query block in the workspace
+    auto start_stage = [&](int stage, int index,
+                           int m_block) {  // index: of the query block in the workspace
       Element* const stage_q = smem_q + stage * 2 * TileQ::kSize;
       int const rows_left    = see.seqlen_q - m_block * kBlockM;
       copy_q.template start<true>(TileQ::tensor(stage_q), rows_left, thread);
@@ -59,10 +61,13 @@ struct BwdMainloop {
                     params.workspace.rows + int64_t(index) * kRowValues + thread * 4, true);
       }
     };
-    CopyK(in.k + col0 * params.k.row_stride, params.k.row_stride, head_dim, thread).template start<true>(sK, keys_left, thread);
-    CopyK(in.v + col0 * params.v.row_stride, params.v.row_stride, head_dim, thread).template start<true>(sV, keys_left, thread);
+    CopyK(in.k + col0 * params.k.row_stride, params.k.row_stride, head_dim, thread)
+        .template start<true>(sK, keys_left, thread);
+    CopyK(in.v + col0 * params.v.row_stride, params.v.row_stride, head_dim, thread)
+        .template start<true>(sV, keys_left, thread);
     // Query blocks left to right, then the next head that shares the keys.
-    int m_block = blocks.first, heads_left = in.heads, index = in.first_head * m_blocks + blocks.first;
+    int m_block = blocks.first, heads_left = in.heads,
+        index = in.first_head * m_blocks + blocks.first;
     start_stage(0, index, m_block);
     cp_async_commit();
 
@@ -82,7 +87,7 @@ struct BwdMainloop {
       }
       cp_async_commit();
 
-      Element* const stage_q  = smem_q + stage * 2 * TileQ::kSize;
+      Element* const stage_q   = smem_q + stage * 2 * TileQ::kSize;
       float const* const sRows = smem_rows + stage * kRowValues;
       // Keys beyond seqlen_k are the mask's too: K is zero there, and exp2(0 - LSE) may overflow.
       bool const masked = blocks.needs_mask(m_block) || keys_left < kBlockN;
@@ -90,33 +95,48 @@ struct BwdMainloop {
       typename Traits::MmaDkv mma_dkv;
       CUTE_UNROLL
       for (int sub = 0; sub < kBlockM / kSubM; ++sub) {
-        auto sQ  = local_tile(TileQ::tensor(stage_q), Shape<Int<kSubM>, Int<Traits::kHeadDim>>{}, make_coord(sub, _0{}));
-        auto sdO = local_tile(TileQ::tensor(stage_q + TileQ::kSize), Shape<Int<kSubM>, Int<Traits::kHeadDim>>{},
+        auto sQ  = local_tile(TileQ::tensor(stage_q), Shape<Int<kSubM>, Int<Traits::kHeadDim>>{},
                               make_coord(sub, _0{}));
+        auto sdO = local_tile(TileQ::tensor(stage_q + TileQ::kSize),
+                              Shape<Int<kSubM>, Int<Traits::kHeadDim>>{}, make_coord(sub, _0{}));
 
         // P^T
         auto tSrS = partition_fragment_C(mma_sdp, TileSdp{});
         clear(tSrS);
         gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(mma_sdp, tSrS, sK, sQ, lane);
         if (masked) {
-          mask_scores<true, typename Traits::MmaSdp, TileSdp>(tSrS, see, m_block * kBlockM + sub * kSubM, col0, lane);
+          mask_scores<true, typename Traits::MmaSdp, TileSdp>(
+              tSrS, see, m_block * kBlockM + sub * kSubM, col0, lane);
         }
-        probabilities(tSrS, sRows + sub * kSubM, scale_log2, lane);
-        auto tSrP = round_to<Element>(tSrS);
-        if constexpr (!Traits::kPInRegs) { fragment_to_smem<typename Traits::MmaSdp>(tSrP, sP, lane); }
+        auto scores            = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
+        constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
+        float lse[kQueries];
+        load_lse(scores, lse, sRows + sub * kSubM, scale_log2, lane);
 
-        // dS^T
+        // dP^T, beside it the exponentials
         auto tSrdP = partition_fragment_C(mma_sdp, TileSdp{});
         clear(tSrdP);
-        gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(mma_sdp, tSrdP, sV, sdO, lane);
+        gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(
+            mma_sdp, tSrdP, sV, sdO, lane, [&](int part) {
+              exponentials(scores, lse, scale_log2, part * kQueries / kDpParts,
+                           (part + 1) * kQueries / kDpParts);
+            });
+        auto tSrP = round_to<Element>(tSrS);
+        if constexpr (!Traits::kPInRegs) {
+          fragment_to_smem<typename Traits::MmaSdp>(tSrP, sP, lane);
+        }
+
+        // dS^T
         score_gradients(tSrdP, tSrS, sRows + kBlockM + sub * kSubM, lane);
         auto tSrdS = round_to<Element>(tSrdP);
-        fragment_to_smem<typename Traits::MmaSdp>(tSrdS, local_tile(sdS, TileSdp{}, make_coord(_0{}, sub)), lane);
+        fragment_to_smem<typename Traits::MmaSdp>(
+            tSrdS, local_tile(sdS, TileSdp{}, make_coord(_0{}, sub)), lane);
 
         if constexpr (Traits::kPInRegs) {  // dV += P^T dO, dK += dS^T Q without a barrier
-          auto sdOt  = local_tile(TileQ::transposed(stage_q + TileQ::kSize), Shape<Int<Traits::kHeadDim>, Int<kSubM>>{},
-                                  make_coord(_0{}, sub));
-          auto sQt   = local_tile(TileQ::transposed(stage_q), Shape<Int<Traits::kHeadDim>, Int<kSubM>>{}, make_coord(_0{}, sub));
+          auto sdOt = local_tile(TileQ::transposed(stage_q + TileQ::kSize),
+                                 Shape<Int<Traits::kHeadDim>, Int<kSubM>>{}, make_coord(_0{}, sub));
+          auto sQt  = local_tile(TileQ::transposed(stage_q),
+                                 Shape<Int<Traits::kHeadDim>, Int<kSubM>>{}, make_coord(_0{}, sub));
           auto tdVrP  = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
           auto tdKrdS = make_tensor(tSrdS.data(), as_operand_a(tSrdS.layout()));
           gemm_rs<typename Traits::OperandQt>(mma_dkv, tdVrdV, tdVrP, sdOt, lane);
@@ -126,20 +146,23 @@ struct BwdMainloop {
       __syncthreads();  // PROTECTS: dS^T (and P^T) of all warps are in shared memory.
 
       if constexpr (!Traits::kPInRegs) {  // dV += P^T dO
-        gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(mma_dkv, tdVrdV, sP,
-                                                                        TileQ::transposed(stage_q + TileQ::kSize), lane);
+        gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
+            mma_dkv, tdVrdV, sP, TileQ::transposed(stage_q + TileQ::kSize), lane);
       }
       // dQ += dS K
-      auto tdQrdQ = partition_fragment_C(typename Traits::MmaDq{}, Shape<Int<kBlockM>, Int<Traits::kHeadDim>>{});
+      auto tdQrdQ = partition_fragment_C(typename Traits::MmaDq{},
+                                         Shape<Int<kBlockM>, Int<Traits::kHeadDim>>{});
       clear(tdQrdQ);
-      gemm_ss<typename Traits::OperandDs, typename Traits::OperandKt>(typename Traits::MmaDq{}, tdQrdQ,
-                                                                      TileS::transposed(smem_s), TileK::transposed(smem), lane);
+      gemm_ss<typename Traits::OperandDs, typename Traits::OperandKt>(
+          typename Traits::MmaDq{}, tdQrdQ, TileS::transposed(smem_s), TileK::transposed(smem),
+          lane);
       int* const turns = params.workspace.dq_turn;
-      add_to_dq<Traits::kThreads>(params.workspace.dq_accum + int64_t(index) * Traits::kDqElements, tdQrdQ,
-                                  turns ? turns + index : nullptr,
+      add_to_dq<Traits::kThreads>(params.workspace.dq_accum + int64_t(index) * Traits::kDqElements,
+                                  tdQrdQ, turns ? turns + index : nullptr,
                                   n_block - key_blocks<kBlockM, kBlockN>(see, m_block).first, lane);
       if constexpr (!Traits::kPInRegs) {  // dK += dS^T Q
-        gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(mma_dkv, tdKrdK, sdS, TileQ::transposed(stage_q), lane);
+        gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
+            mma_dkv, tdKrdK, sdS, TileQ::transposed(stage_q), lane);
       }
       heads_left -= new_head;
       m_block = next_block, index = next_index;
@@ -149,17 +172,21 @@ struct BwdMainloop {
  private:
   // Queries (columns) of this thread's scores, for reading per-query values.
   CUTE_DEVICE static auto coordinates(int thread) {
-    auto tScS = typename Traits::MmaSdp{}.get_slice(thread).partition_C(make_identity_tensor(TileSdp{}));
+    auto tScS =
+        typename Traits::MmaSdp{}.get_slice(thread).partition_C(make_identity_tensor(TileSdp{}));
     return make_tensor(tScS.data(), rows_columns(tScS.layout()));
   }
 
-  // S^T becomes P^T = exp2(S^T scale_log2 - LSE).
-  template <class TensorS>
-  CUTE_DEVICE static void probabilities(TensorS& tSrS, float const* sLse, float scale_log2, int thread) {
-    auto scores        = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
-    auto where         = coordinates(thread);
-    constexpr int kQueries = decltype(size<1>(scores))::value;
-    float lse[kQueries], largest = 0.f;
+  // ldmatrix.x4 of Q (or dO) in one S^T (or dP^T) per warp.
+  static constexpr int kDpParts =
+      kSubM / (16 * (Traits::kWarps / Traits::kTile.sdp_keys)) * (Traits::kHeadDim / 16);
+
+  // LSE of this thread's queries, in base 2.
+  template <class TensorS, int kQueries>
+  CUTE_DEVICE static void load_lse(TensorS& scores, float (&lse)[kQueries], float const* sLse,
+                                   float scale_log2, int thread) {
+    auto where    = coordinates(thread);
+    float largest = 0.f;
     CUTE_UNROLL
     for (int c = 0; c < kQueries; ++c) {
       lse[c]  = sLse[get<1>(where(0, c))];
@@ -170,19 +197,30 @@ struct BwdMainloop {
       CUTE_UNROLL
       for (int c = 0; c < kQueries; ++c) {
         CUTE_UNROLL
-        for (int r = 0; r < size<0>(scores); ++r) { scores(r, c) = fminf(scores(r, c), lse[c] / scale_log2); }
+        for (int r = 0; r < size<0>(scores); ++r) {
+          scores(r, c) = fminf(scores(r, c), lse[c] / scale_log2);
+        }
       }
     }
+  }
+
+  // Queries [begin, end) of S^T become P^T = exp2(S^T scale_log2 - LSE).
+  template <class TensorS, int kQueries>
+  CUTE_DEVICE static void exponentials(TensorS& scores, float const (&lse)[kQueries],
+                                       float scale_log2, int begin, int end) {
     CUTE_UNROLL
-    for (int c = 0; c < kQueries; ++c) {
+    for (int c = begin; c < end; ++c) {
       CUTE_UNROLL
-      for (int r = 0; r < size<0>(scores); ++r) { scores(r, c) = exp2_approx(fmaf(scores(r, c), scale_log2, -lse[c])); }
+      for (int r = 0; r < size<0>(scores); ++r) {
+        scores(r, c) = exp2_approx(fmaf(scores(r, c), scale_log2, -lse[c]));
+      }
     }
   }
 
   // dP^T becomes dS^T = P^T (dP^T - delta).
   template <class TensorS>
-  CUTE_DEVICE static void score_gradients(TensorS& tSrdP, TensorS const& tSrP, float const* sDelta, int thread) {
+  CUTE_DEVICE static void score_gradients(TensorS& tSrdP, TensorS const& tSrP, float const* sDelta,
+                                          int thread) {
     auto gradients = make_tensor(tSrdP.data(), rows_columns(tSrdP.layout()));
     auto p         = make_tensor(tSrP.data(), rows_columns(tSrP.layout()));
     auto where     = coordinates(thread);
@@ -190,7 +228,9 @@ struct BwdMainloop {
     for (int c = 0; c < size<1>(gradients); ++c) {
       float const delta = sDelta[get<1>(where(0, c))];
       CUTE_UNROLL
-      for (int r = 0; r < size<0>(gradients); ++r) { gradients(r, c) = p(r, c) * (gradients(r, c) - delta); }
+      for (int r = 0; r < size<0>(gradients); ++r) {
+        gradients(r, c) = p(r, c) * (gradients(r, c) - delta);
+      }
     }
   }
 };

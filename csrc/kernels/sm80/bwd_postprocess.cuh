@@ -8,8 +8,9 @@
 namespace flash::sm80 {
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) bwd_postprocess_kernel(__grid_constant__ BwdParams const params) {
-  using Element = typename Traits::Element;
+__global__ void __launch_bounds__(Traits::kThreads)
+    bwd_postprocess_kernel(__grid_constant__ BwdParams const params) {
+  using Element         = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Problem const& problem = params.problem;
@@ -17,8 +18,9 @@ __global__ void __launch_bounds__(Traits::kThreads) bwd_postprocess_kernel(__gri
   int const pair = blockIdx.x / m_blocks, m_block = blockIdx.x % m_blocks;
 
   typename Traits::MmaDq mma;
-  auto tdQrdQ              = partition_fragment_C(mma, Shape<Int<kBlockM>, Int<kHeadDim>>{});
-  float const* const block = params.workspace.dq_accum + int64_t(blockIdx.x) * Traits::kDqElements + thread * 4;
+  auto tdQrdQ = partition_fragment_C(mma, Shape<Int<kBlockM>, Int<kHeadDim>>{});
+  float const* const block =
+      params.workspace.dq_accum + int64_t(blockIdx.x) * Traits::kDqElements + thread * 4;
   CUTE_UNROLL
   for (int i = 0; i < size(tdQrdQ) / 4; ++i) {
     float4 const sum  = *reinterpret_cast<float4 const*>(block + i * Traits::kThreads * 4);
@@ -28,10 +30,11 @@ __global__ void __launch_bounds__(Traits::kThreads) bwd_postprocess_kernel(__gri
     tdQrdQ(i * 4 + 3) = sum.w * problem.scale;
   }
   // A row that sees no key has gradient 0, whatever hidden keys hold (0 * NaN).
-  auto tdQcdQ              = mma.get_slice(thread).partition_C(make_identity_tensor(Shape<Int<kBlockM>, Int<kHeadDim>>{}));
-  auto rows                = make_tensor(tdQrdQ.data(), rows_columns(tdQrdQ.layout()));
-  auto where               = make_tensor(tdQcdQ.data(), rows_columns(tdQcdQ.layout()));
-  float const* const lse   = params.workspace.rows + int64_t(blockIdx.x) * 2 * kBlockM;
+  auto tdQcdQ =
+      mma.get_slice(thread).partition_C(make_identity_tensor(Shape<Int<kBlockM>, Int<kHeadDim>>{}));
+  auto rows              = make_tensor(tdQrdQ.data(), rows_columns(tdQrdQ.layout()));
+  auto where             = make_tensor(tdQcdQ.data(), rows_columns(tdQcdQ.layout()));
+  float const* const lse = params.workspace.rows + int64_t(blockIdx.x) * 2 * kBlockM;
   CUTE_UNROLL
   for (int r = 0; r < size<0>(rows); ++r) {
     if (lse[get<0>(where(r, 0))] == INFINITY) {
@@ -45,7 +48,9 @@ __global__ void __launch_bounds__(Traits::kThreads) bwd_postprocess_kernel(__gri
   __syncthreads();  // PROTECTS: all of dQ is in shared memory.
   int const row0 = m_block * kBlockM;
   smem_to_rows<kBlockM, kHeadDim, Traits::kThreads>(
-      sdQ, matrix_of<Element>(params.dq, pair / problem.heads_q, pair % problem.heads_q) + row0 * params.dq.row_stride,
+      sdQ,
+      matrix_of<Element>(params.dq, pair / problem.heads_q, pair % problem.heads_q) +
+          row0 * params.dq.row_stride,
       params.dq.row_stride, problem.seqlen_q - row0, problem.head_dim, thread);
 }
 

@@ -29,11 +29,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     Visibility<kMask> const see{problem.seqlen_q, problem.seqlen_k, 0, 0};
     BlockRange const blocks = key_blocks<Traits::kBlockM, Traits::kBlockN>(see, tile.block);
     typename FwdMainloop<Traits, kMask>::Operands const operands{
-        matrix_of<Element>(params.q, tile.batch, tile.head), matrix_of<Element>(params.k, tile.batch, head_kv),
-        matrix_of<Element>(params.v, tile.batch, head_kv),   params.q.row_stride,
-        params.k.row_stride,                                 params.v.row_stride};
+        matrix_of<Element>(params.q, tile.batch, tile.head),
+        matrix_of<Element>(params.k, tile.batch, head_kv),
+        matrix_of<Element>(params.v, tile.batch, head_kv),
+        params.q.row_stride,
+        params.k.row_stride,
+        params.v.row_stride};
     if (blocks.first < blocks.end) {
-      FwdMainloop<Traits, kMask>::run(operands, see, blocks, tile.block, problem.head_dim, smem, tOrO, softmax);
+      FwdMainloop<Traits, kMask>::run(operands, see, blocks, tile.block, problem.head_dim, smem,
+                                      tOrO, softmax);
     }
   }
 
@@ -58,7 +62,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   auto cO   = make_identity_tensor(Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
   auto tOcO = mma.get_slice(thread).partition_C(cO);
   auto rows = make_tensor(tOcO.data(), rows_columns(tOcO.layout()));
-  float* const lse_rows = params.lse + (int64_t(tile.batch) * problem.heads_q + tile.head) * problem.seqlen_q + row0;
+  float* const lse_rows =
+      params.lse + (int64_t(tile.batch) * problem.heads_q + tile.head) * problem.seqlen_q + row0;
   CUTE_UNROLL
   for (int r = 0; r < kRows; ++r) {
     int const row = get<0>(rows(r, 0));
@@ -66,8 +71,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   }
   __syncthreads();  // PROTECTS: all of O is in shared memory before other threads read it.
   smem_to_rows<Traits::kBlockM, Traits::kHeadDim, Traits::kThreads>(
-      sO, matrix_of<Element>(params.out, tile.batch, tile.head) + row0 * params.out.row_stride, params.out.row_stride,
-      problem.seqlen_q - row0, problem.head_dim, thread);
+      sO, matrix_of<Element>(params.out, tile.batch, tile.head) + row0 * params.out.row_stride,
+      params.out.row_stride, problem.seqlen_q - row0, problem.head_dim, thread);
 }
 
 }  // namespace flash::sm80

@@ -17,12 +17,14 @@ struct FwdTraits {
   static constexpr int kWarps = kTile.warps, kThreads = kWarps * 32, kStages = kTile.stages;
   static constexpr int kMinCtas  = kTile.ctas;
   static constexpr bool kQInRegs = kTile.q_in_regs;
-  static_assert(kBlockM % (16 * kWarps) == 0, "each warp owns whole 16-row MMA tiles: a row's softmax stays in one warp");
+  static_assert(kBlockM % (16 * kWarps) == 0,
+                "each warp owns whole 16-row MMA tiles: a row's softmax stays in one warp");
   static_assert(kBlockN % 16 == 0, "P is the A operand of k16 MMAs");
   static_assert(kStages == 2, "block n + 1 is loaded while block n is in use");
 
   // Warps only along the rows: S and P never cross a warp.
-  using TiledMma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<16 * kWarps>, _16, _16>>;
+  using TiledMma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarps>, _1, _1>>,
+                            Tile<Int<16 * kWarps>, _16, _16>>;
 
   using TileQ  = SmemTile<kBlockM, kHeadDim>;  // later O
   using TileKV = SmemTile<kBlockN, kHeadDim>;
@@ -32,7 +34,8 @@ struct FwdTraits {
   using OperandV = SmemOperand<false, LdsmT, Element, TiledMma>;  // V^T (head_dim, keys)
 
   //   | Q, later O | K stage 0 | K stage 1 | V stage 0 | V stage 1 |
-  static constexpr int kSmemBytes = (TileQ::kSize + 2 * kStages * TileKV::kSize) * int(sizeof(Element));
+  static constexpr int kSmemBytes =
+      (TileQ::kSize + 2 * kStages * TileKV::kSize) * int(sizeof(Element));
 };
 
 }  // namespace flash::sm80
