@@ -182,7 +182,7 @@ def assert_close_rule(
     ).tolist()
     worst, peer_worst, largest, error_rms, peer_rms, want_rms = numbers
     limit = factor * peer_worst + half_ulp * largest + tiny
-    limit_rms = factor * peer_rms + half_ulp * want_rms / 2 + tiny
+    limit_rms = factor * peer_rms + half_ulp * want_rms + tiny
     if worst > limit or error_rms > limit_rms:
         at = _where(int(error.argmax()), ours.shape)
         raise AssertionError(

@@ -25,7 +25,7 @@ struct FwdTile {
 constexpr FwdTile fwd_tile(int head_dim) {
   switch (head_dim) {
     case 32:
-      return {128, 64, 4, 2, true, 3};
+      return {128, 64, 4, 2, true, 2};
     case 64:
       return {128, 64, 4, 2, true, 2};
     case 96:

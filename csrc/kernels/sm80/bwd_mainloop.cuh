@@ -50,15 +50,15 @@ struct BwdMainloop {
     int64_t const q_stride = params.q.row_stride, dout_stride = params.dout.row_stride;
     CopyQ copy_q(in.q + blocks.first * kBlockM * q_stride, q_stride, head_dim, thread);
     CopyQ copy_dout(in.dout + blocks.first * kBlockM * dout_stride, dout_stride, head_dim, thread);
-    auto start_stage = [&](int stage, int index,
-                           int m_block) {  // index: of the query block in the workspace
+    // index: of the query block in the workspace; lane: the thread's index
+    auto start_stage = [&](int stage, int index, int m_block, int lane) {
       Element* const stage_q = smem_q + stage * 2 * TileQ::kSize;
       int const rows_left    = see.seqlen_q - m_block * kBlockM;
       copy_q.template start<true>(TileQ::tensor(stage_q), rows_left, thread);
       copy_dout.template start<true>(TileQ::tensor(stage_q + TileQ::kSize), rows_left, thread);
-      if (thread < kRowValues / 4) {
-        cp_async_16(smem_rows + stage * kRowValues + thread * 4,
-                    params.workspace.rows + int64_t(index) * kRowValues + thread * 4, true);
+      if (lane < kRowValues / 4) {
+        cp_async_16(smem_rows + stage * kRowValues + lane * 4,
+                    params.workspace.rows + int64_t(index) * kRowValues + lane * 4, true);
       }
     };
     CopyK(in.k + col0 * params.k.row_stride, params.k.row_stride, head_dim, thread)
@@ -68,7 +68,7 @@ struct BwdMainloop {
     // Query blocks left to right, then the next head that shares the keys.
     int m_block = blocks.first, heads_left = in.heads,
         index = in.first_head * m_blocks + blocks.first;
-    start_stage(0, index, m_block);
+    start_stage(0, index, m_block, thread);
     cp_async_commit();
 
     for (int stage = 0; heads_left > 0; stage ^= 1) {
@@ -83,14 +83,19 @@ struct BwdMainloop {
         int64_t const rows = int64_t(next_block - m_block) * kBlockM;
         copy_q.move(rows * q_stride + (new_head ? params.q.head_stride : 0));
         copy_dout.move(rows * dout_stride + (new_head ? params.dout.head_stride : 0));
-        start_stage(stage ^ 1, next_index, next_block);
+        start_stage(stage ^ 1, next_index, next_block, lane);
       }
       cp_async_commit();
 
       Element* const stage_q   = smem_q + stage * 2 * TileQ::kSize;
       float const* const sRows = smem_rows + stage * kRowValues;
       // Keys beyond seqlen_k are the mask's too: K is zero there, and exp2(0 - LSE) may overflow.
-      bool const masked = blocks.needs_mask(m_block) || keys_left < kBlockN;
+      int const first_key = opaque(col0);
+      // Queries beyond seqlen_q need no mask, their LSE is +inf and P zero; head dimension 256 masks them all the same, because
+      // the kernel without that test spills.
+      constexpr bool kAskRange = kMask != MaskKind::kNone || Traits::kHeadDim == 256;
+      bool const masked =
+          (kAskRange && blocks.needs_mask(m_block)) || see.seqlen_k - first_key < kBlockN;
       typename Traits::MmaSdp mma_sdp;
       typename Traits::MmaDkv mma_dkv;
       CUTE_UNROLL
@@ -106,7 +111,7 @@ struct BwdMainloop {
         gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(mma_sdp, tSrS, sK, sQ, lane);
         if (masked) {
           mask_scores<true, typename Traits::MmaSdp, TileSdp>(
-              tSrS, see, m_block * kBlockM + sub * kSubM, col0, lane);
+              tSrS, see, m_block * kBlockM + sub * kSubM, first_key, lane);
         }
         auto scores            = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
         constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
@@ -157,9 +162,10 @@ struct BwdMainloop {
           typename Traits::MmaDq{}, tdQrdQ, TileS::transposed(smem_s), TileK::transposed(smem),
           lane);
       int* const turns = params.workspace.dq_turn;
-      add_to_dq<Traits::kThreads>(params.workspace.dq_accum + int64_t(index) * Traits::kDqElements,
-                                  tdQrdQ, turns ? turns + index : nullptr,
-                                  n_block - key_blocks<kBlockM, kBlockN>(see, m_block).first, lane);
+      add_to_dq<Traits::kThreads>(
+          params.workspace.dq_accum + int64_t(index) * Traits::kDqElements, tdQrdQ,
+          turns ? turns + index : nullptr,
+          first_key / kBlockN - key_blocks<kBlockM, kBlockN>(see, m_block).first, lane);
       if constexpr (!Traits::kPInRegs) {  // dK += dS^T Q
         gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
             mma_dkv, tdKrdK, sdS, TileQ::transposed(stage_q), lane);

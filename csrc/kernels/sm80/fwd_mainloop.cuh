@@ -72,8 +72,8 @@ struct FwdMainloop {
       if (n_block > blocks.first) {  // never the ragged block
         copy_k.move(-Traits::kBlockN * in.k_row_stride);
         copy_v.move(-Traits::kBlockN * in.v_row_stride);
-        copy_k.template start<false>(TileKV::tensor(smem_k + other * TileKV::kSize), 0, thread);
-        copy_v.template start<false>(TileKV::tensor(smem_v + other * TileKV::kSize), 0, thread);
+        copy_k.template start<false>(TileKV::tensor(smem_k + other * TileKV::kSize), 0, lane);
+        copy_v.template start<false>(TileKV::tensor(smem_v + other * TileKV::kSize), 0, lane);
       }
       cp_async_commit();
 
