@@ -63,7 +63,14 @@ def check_case(case: AttnCase, x: Inputs, *, scale: float | None = None, **optio
     exact = dict(scale=case.scale if scale is None else scale, causal=case.causal)
     want = attention_oracle(x.q, x.k, x.v, x.dout, **exact)
     peer = attention_peer(x.q, x.k, x.v, x.dout, **exact)
-    check_result(ours, peer, want, case=case)
+    # delta = rowsum(dout * out) comes from the rounded out, which the peer's softmax gradient does not use.  With one or two
+    # keys P is not small, and that rounding is what the gradients' error consists of.
+    slack = 0.0
+    if case.seqlen_k <= 2 and case.seqlen_q > 0 and case.seqlen_k > 0:
+        delta = (x.dout.double() * want.out.double()).abs().sum(-1).max()
+        operand = max(x.q.abs().max().item(), x.k.abs().max().item())
+        slack = torch.finfo(x.q.dtype).eps / 2 * delta.item() * abs(exact["scale"]) * operand
+    check_result(ours, peer, want, case=case, gradient_slack=slack)
     return ours
 
 
