@@ -63,8 +63,8 @@ def check_case(case: AttnCase, x: Inputs, *, scale: float | None = None, **optio
     exact = dict(scale=case.scale if scale is None else scale, causal=case.causal)
     want = attention_oracle(x.q, x.k, x.v, x.dout, **exact)
     peer = attention_peer(x.q, x.k, x.v, x.dout, **exact)
-    # delta = rowsum(dout * out) comes from the rounded out, which the peer's softmax gradient does not use.  With one or two
-    # keys P is not small, and that rounding is what the gradients' error consists of.
+    # delta = rowsum(dout * out) comes from the rounded out, which the peer's softmax gradient does not
+    # use.  With one or two keys P is not small, and that rounding is most of the gradients' error.
     slack = 0.0
     if case.seqlen_k <= 2 and case.seqlen_q > 0 and case.seqlen_k > 0:
         delta = (x.dout.double() * want.out.double()).abs().sum(-1).max()

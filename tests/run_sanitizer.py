@@ -54,10 +54,10 @@ def problems(head_dims: list[int], dtypes: list[str], only: int | None) -> Itera
 
 def run(only: int | None) -> None:
     """Every case once in this process."""
-    import flash_attn_2_cuda
-    import torch
+    import torch  # before the extension, which needs torch's libraries
 
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func  # isort: skip
+    import flash_attn_2_cuda  # isort: skip
 
     names = {"fp16": torch.float16, "bf16": torch.bfloat16}
     info = flash_attn_2_cuda.build_info()
