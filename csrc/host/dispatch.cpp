@@ -3,7 +3,7 @@
 #include <string>
 
 #include "flash.h"
-#include "host/device_info.h"
+#include "pieces/device_info.h"
 #include "host/registry.h"
 #include "kernels/tile_config.h"
 

@@ -6,7 +6,6 @@ namespace flash {
 
 // Head dimensions with kernels of their own; others run in the next larger one.
 constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
-constexpr int kMaxHeadDim = 256;
 
 constexpr int built_head_dim(int head_dim) {
   for (int built : kHeadDims) {
@@ -16,26 +15,27 @@ constexpr int built_head_dim(int head_dim) {
 }
 
 struct FwdTile {
-  int block_m, block_n, warps, stages;  // a stage is one K and one V tile
+  int block_m, block_n, warps;
   bool
       q_in_regs;  // Q fragments stay in registers instead of being read from shared memory per block
   int ctas;       // thread blocks per SM that registers must allow
+  int early;  // of a block's k-steps of P V (16 keys each): exponentials computed before the product; the others beside it
 };
 
 constexpr FwdTile fwd_tile(int head_dim) {
   switch (head_dim) {
     case 32:
-      return {128, 64, 4, 2, true, 2};
+      return {128, 64, 4, true, 2, 2};
     case 64:
-      return {128, 64, 4, 2, true, 2};
+      return {128, 64, 4, true, 2, 3};
     case 96:
-      return {128, 64, 4, 2, false, 2};
+      return {128, 64, 4, false, 2, 4};
     case 128:
-      return {128, 64, 4, 2, false, 2};
+      return {128, 64, 4, false, 2, 4};
     case 192:
-      return {128, 64, 8, 2, true, 1};
+      return {128, 64, 8, true, 1, 4};
     default:
-      return {64, 32, 4, 2, true, 2};
+      return {64, 32, 4, true, 2, 2};
   }
 }
 

@@ -16,12 +16,6 @@ CUTE_DEVICE void cp_async_16(Element* smem, Element const* gmem, bool valid) {
                "r"(valid ? 16 : 0));
 }
 
-// 4 bytes, through L1.
-CUTE_DEVICE void cp_async_4(float* smem, float const* gmem) {
-  uint32_t const address = cast_smem_ptr_to_uint(smem);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(address), "l"(gmem));
-}
-
 CUTE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;\n"); }
 template <int kPending>
 CUTE_DEVICE void cp_async_wait() {

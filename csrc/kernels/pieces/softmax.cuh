@@ -33,10 +33,10 @@ struct Softmax {
     for (int r = 0; r < kRows; ++r) { row_ref[r] = kNoReference, row_sum[r] = 0.f; }
   }
 
-  // The references of this block of scores (kRows, columns).  True, for the whole warp, when some reference has moved: then O,
-  // once it holds all earlier blocks, must be multiplied by shrink.
-  template <class TensorS>
-  CUTE_DEVICE bool update(TensorS& scores, float (&shrink)[kRows]) {
+  // The references of this block of scores (kRows, columns).  Where some reference of the warp's rows moves, O (kRows, columns),
+  // which holds all earlier blocks, follows.
+  template <class TensorS, class TensorO>
+  CUTE_DEVICE void update(TensorS& scores, TensorO& o_rows) {
     float row_max[kRows], largest = 0.f;
     bool moves = false;
     CUTE_UNROLL
@@ -49,9 +49,16 @@ struct Softmax {
       largest    = fmaxf(largest, fabsf(offset[r]));
       moves |= fmaf(row_max[r], scale_log2, -offset[r]) > kLazyRescaleLog2;
     }
-    moves = __any_sync(~0u, moves | (largest > kLargeLog2));
-    if (moves) { move_references(scores, row_max, shrink); }
-    return moves;
+    // One block: a second branch for O was turned into predicated instructions, issued in every step.
+    if (__any_sync(~0u, moves | (largest > kLargeLog2))) {
+      float shrink[kRows];
+      move_references(scores, row_max, shrink);
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        CUTE_UNROLL
+        for (int c = 0; c < size<1>(o_rows); ++c) { o_rows(r, c) *= shrink[r]; }
+      }
+    }
   }
 
   // Column c of the scores becomes P.
@@ -61,15 +68,6 @@ struct Softmax {
     for (int r = 0; r < kRows; ++r) {
       scores(r, c) = exp2_approx(fmaf(scores(r, c), scale_log2, -offset[r]));
       row_sum[r] += scores(r, c);
-    }
-  }
-
-  template <class TensorO>
-  CUTE_DEVICE static void rescale(TensorO& o_rows, float const (&shrink)[kRows]) {
-    CUTE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      CUTE_UNROLL
-      for (int c = 0; c < size<1>(o_rows); ++c) { o_rows(r, c) *= shrink[r]; }
     }
   }
 

@@ -1,7 +1,7 @@
 #pragma once
 // Backward launch: preprocess, main kernel by mask, conversion of dQ.
 #include "common/bwd_preprocess.h"
-#include "host/device_info.h"
+#include "pieces/device_info.h"
 #include "pieces/launch.cuh"
 #include "sm80/bwd_kernel.cuh"
 #include "sm80/bwd_postprocess.cuh"

@@ -9,6 +9,13 @@
 
 namespace flash::sm80 {
 
+// A block's schedule.  The products are one run of tensor core instructions, long enough for another warp's softmax; the two
+// thread blocks of an SM drift into opposite phases.
+//
+//   softmax n+1   S -> maxima, rescaling of O, exponentials (all or the first, rounded to P); loads of K(n-1), V(n) are started
+//   products n    O += P(n+1) V(n+1), beside it the other exponentials; S(n) = Q K(n)^T
+//   barrier       K(n), V(n+1) have been read by all warps; K(n-1), V(n) have arrived
+//
 template <class Traits, MaskKind kMask>
 struct FwdMainloop {
   using Element = typename Traits::Element;
@@ -25,9 +32,6 @@ struct FwdMainloop {
   };
 
   // tOrO (MMA, MMA_M, MMA_N) must be zero on entry.  blocks must not be empty.
-  //
-  // A block's schedule: S, then its maxima, then P V for 16 keys at a time; the exponentials of the next 16 keys are issued while
-  // the tensor cores work on these.
   template <class TensorO, class Softmax_>
   CUTE_DEVICE static void run(Operands const& in, Visibility<kMask> const& see,
                               BlockRange const& blocks, int m_block, int head_dim, Element* smem,
@@ -37,77 +41,111 @@ struct FwdMainloop {
     Element* const smem_v = smem_k + kStages * TileKV::kSize;
     auto sQ               = TileQ::tensor(smem);
 
-    // Loads, right to left: Q and the first K, the first V, then K and V of one block per step.
+    // Loads, right to left.  The first K and V may be ragged.
     int64_t const last_row = int64_t(blocks.end - 1) * Traits::kBlockN;
-    int const rows_left    = see.seqlen_k - int(last_row);  // of the only block that can be ragged
+    int const rows_left    = see.seqlen_k - int(last_row);
     Copy copy_k(in.k + last_row * in.k_row_stride, in.k_row_stride, head_dim, thread);
     Copy copy_v(in.v + last_row * in.v_row_stride, in.v_row_stride, head_dim, thread);
+    int const first = Visibility<kMask>::kHasLeft ? blocks.first : 0;  // known: costs no register
+    int const left_end = Visibility<kMask>::kHasLeft ? blocks.left_end : 0;
+    auto load_next_k   = [&](int n_block, int stage, int lane) {
+      if (n_block >= first) {
+        copy_k.move(-Traits::kBlockN * in.k_row_stride);
+        copy_k.template start<false>(TileKV::tensor(smem_k + stage * TileKV::kSize), 0, lane);
+      }
+    };
+    auto load_next_v = [&](int n_block, int stage, int lane) {
+      if (n_block >= first) {
+        copy_v.move(-Traits::kBlockN * in.v_row_stride);
+        copy_v.template start<false>(TileKV::tensor(smem_v + stage * TileKV::kSize), 0, lane);
+      }
+    };
     CopyQ(in.q + row0 * in.q_row_stride, in.q_row_stride, head_dim, thread)
         .template start<true>(sQ, see.seqlen_q - row0, thread);
     copy_k.template start<true>(TileKV::tensor(smem_k), rows_left, thread);
     cp_async_commit();
     copy_v.template start<true>(TileKV::tensor(smem_v), rows_left, thread);
+    load_next_k(blocks.end - 2, 1, thread);
     cp_async_commit();
+    cp_async_wait<1>();
+    __syncthreads();  // PROTECTS: every thread's part of Q and the first K is in shared memory.
 
     auto tSrQ = Traits::OperandQ::fragments(sQ, thread);
     if constexpr (Traits::kQInRegs) {
-      cp_async_wait<1>();
-      __syncthreads();  // PROTECTS: every thread's part of Q is in shared memory.
       tSrQ = load_fragments<typename Traits::OperandQ>(sQ, thread);
     }
-
     typename Traits::TiledMma mma;
-    auto o_rows = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
-    auto tSrS   = partition_fragment_C(mma, TileS{});
-    auto scores = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
-    auto tSrP   = make_tensor<Element>(tSrS.layout());
-    auto tOrP   = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
-    float shrink[Softmax_::kRowCount];
-    int stage = 0;
-    auto step = [&](auto masked, int n_block) {
-      // Shared memory addresses that depend on the thread are worth fewer registers than they would take across steps.
-      int const lane = opaque(thread), other = stage ^ 1;
+    auto o_rows       = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
+    auto tSrS         = partition_fragment_C(mma, TileS{});
+    auto scores       = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
+    auto tSrP         = make_tensor<Element>(tSrS.layout());
+    auto tOrP         = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
+    int stage         = 0;
+    auto end_products = [&]() {
       cp_async_wait<0>();
-      __syncthreads();  // PROTECTS: this step's K and V have arrived, and no warp still reads the stage refilled next.
-      if (n_block > blocks.first) {  // never the ragged block
-        copy_k.move(-Traits::kBlockN * in.k_row_stride);
-        copy_v.move(-Traits::kBlockN * in.v_row_stride);
-        copy_k.template start<false>(TileKV::tensor(smem_k + other * TileKV::kSize), 0, lane);
-        copy_v.template start<false>(TileKV::tensor(smem_v + other * TileKV::kSize), 0, lane);
-      }
+      __syncthreads();  // PROTECTS: the loads started in the last softmax have arrived; no warp reads the stages refilled next.
+    };
+    auto softmax_phase = [&](auto masked, int n_block) {
+      // Shared memory addresses that depend on the thread are worth fewer registers than they would take across steps.
+      int const lane = opaque(thread);
+      load_next_k(n_block - 2, stage, lane);
+      load_next_v(n_block - 1, stage ^ 1, lane);
       cp_async_commit();
-
-      multiply_scores(tSrS, tSrQ, sQ, smem_k + stage * TileKV::kSize, lane);
       if constexpr (decltype(masked)::value) {
         // The shuffle returns the thread's own index.  Unlike the index it cannot be moved out of the loop, where what follows
         // from it would be kept for the mask and spilled.
         mask_scores<false, typename Traits::TiledMma, TileS>(
             tSrS, see, opaque(row0), n_block * Traits::kBlockN, __shfl_sync(~0u, lane, lane % 32));
       }
-      if (softmax.update(scores, shrink)) { softmax.rescale(o_rows, shrink); }
-
-      exponentials(softmax, scores, 0, kStepColumns);
-      round_step(tSrP, tSrS, 0);
+      softmax.update(scores, o_rows);
+      CUTE_UNROLL
+      for (int k = 0; k < kEarly; ++k) {
+        exponentials(softmax, scores, k * kStepColumns, (k + 1) * kStepColumns);
+        round_step(tSrP, tSrS, k);
+      }
+    };
+    auto multiply_values = [&](int lane) {
       auto const beside = [&](int part) {
-        int const k = part / kStepParts + 1, i = part % kStepParts;
+        int const k = part / kStepParts + kEarly, j = part % kStepParts;
         if (k * kStepColumns < kColumns) {
-          exponentials(softmax, scores, k * kStepColumns + i * kStepColumns / kStepParts,
-                       k * kStepColumns + (i + 1) * kStepColumns / kStepParts);
-          if (i == kStepParts - 1) { round_step(tSrP, tSrS, k); }
+          exponentials(softmax, scores, k * kStepColumns + j * kStepColumns / kStepParts,
+                       k * kStepColumns + (j + 1) * kStepColumns / kStepParts);
+          if (j == kStepParts - 1) { round_step(tSrP, tSrS, k); }
         }
       };
       gemm_rs<typename Traits::OperandV>(
           mma, tOrO, tOrP, TileKV::transposed(smem_v + stage * TileKV::kSize), lane, beside);
+    };
+    // O += P V of the block before, then S of this one.
+    auto product_phase = [&]() {
+      int const lane = opaque(thread), other = stage ^ 1;
+      multiply_values(lane);
+      multiply_scores(tSrS, tSrQ, sQ, smem_k + other * TileKV::kSize, lane);
+      end_products();
       stage = other;
     };
+    // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
     int n_block = blocks.end - 1;
-    for (; n_block >= max_of(blocks.right_begin, blocks.first); --n_block) {
-      step(true_type{}, n_block);
+    multiply_scores(tSrS, tSrQ, sQ, smem_k, thread);
+    end_products();
+    softmax_phase(true_type{}, n_block);
+    if constexpr (Visibility<kMask>::kHasRight) {
+      while (n_block > max_of(blocks.right_begin, first)) {
+        product_phase();
+        softmax_phase(true_type{}, --n_block);
+      }
     }
-    for (; n_block >= blocks.left_end; --n_block) { step(false_type{}, n_block); }
+    while (n_block > left_end) {
+      product_phase();
+      softmax_phase(false_type{}, --n_block);
+    }
     if constexpr (Visibility<kMask>::kHasLeft) {
-      for (; n_block >= blocks.first; --n_block) { step(true_type{}, n_block); }
+      while (n_block > first) {
+        product_phase();
+        softmax_phase(true_type{}, --n_block);
+      }
     }
+    multiply_values(opaque(thread));
   }
 
  private:
@@ -115,6 +153,13 @@ struct FwdMainloop {
   static constexpr int kColumns = Traits::kBlockN / 4;  // score columns per thread
   // A k-step of P V: 16 keys, that is two n8 atoms of S with two columns each per thread; one ldmatrix.x4 per 16 of head_dim.
   static constexpr int kStepColumns = 4, kStepParts = Traits::kHeadDim / 16;
+  static constexpr int kEarly = Traits::kEarly;
+
+  template <class Softmax_, class TensorS>
+  CUTE_DEVICE static void exponentials(Softmax_& softmax, TensorS& scores, int begin, int end) {
+    CUTE_UNROLL
+    for (int c = begin; c < end; ++c) { softmax.exponentials(scores, c); }
+  }
 
   // S = Q K^T
   template <class TensorS, class TensorRQ, class TensorSQ>
@@ -128,12 +173,6 @@ struct FwdMainloop {
       gemm_ss<typename Traits::OperandQ, typename Traits::OperandK>(
           mma, tSrS, sQ, TileKV::tensor(stage_k), thread);
     }
-  }
-
-  template <class Softmax_, class TensorS>
-  CUTE_DEVICE static void exponentials(Softmax_& softmax, TensorS& scores, int begin, int end) {
-    CUTE_UNROLL
-    for (int c = begin; c < end; ++c) { softmax.exponentials(scores, c); }
   }
 
   // Rounds the scores of k-step k: n8 atoms 2k and 2k + 1.
