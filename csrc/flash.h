@@ -17,18 +17,46 @@ struct TensorRef {
   int64_t batch_stride, row_stride, head_stride;
 };
 
-// What every family needs to know.  Causal is aligned bottom-right: query i sees key j iff j <= i + seqlen_k - seqlen_q.
+// A side of a sliding window without a limit.
+constexpr int kUnlimited = 1 << 30;
+
+// What every family needs to know.
+//
+// Mask: with shift = seqlen_k - seqlen_q of the sequence, query i sees the keys j with
+//   causal: j <= i + shift        local: i + shift - window_left <= j <= i + shift + window_right
+// Scores: s = scale * q.k, then softcap * tanh(s / softcap) if softcap > 0, then - slope * |i + shift - j| with ALiBi.
+//
+// Sequences of their own lengths (cu_seqlens_q not null): tensors have batch stride 0; sequence b has the rows cu_seqlens_q[b] to
+// cu_seqlens_q[b + 1] of q, and of k those from cu_seqlens_k[b] + leftpad_k[b] on, up to cu_seqlens_k[b + 1] or to
+// cu_seqlens_k[b] + seqused_k[b].  Rows beyond the last sequence, up to total_q and total_k, are written as rows that see no key.
 struct Problem {
   DType dtype;
   MaskKind mask;
-  int batch, heads_q, heads_kv, head_dim, seqlen_q, seqlen_k;
-  float scale;  // softmax_scale: multiplies Q K^T
+  int batch, heads_q, heads_kv, head_dim, seqlen_q, seqlen_k;  // seqlen: the largest, of sequences
+  int window_left, window_right;                               // kLocal
+  float scale;                                                 // softmax_scale, not negative
+  float softcap;                                               // 0: none
+  float const* alibi_slopes;                                   // (heads_q) or (batch, heads_q)
+  int64_t alibi_batch_stride;
+  int const *cu_seqlens_q, *cu_seqlens_k, *seqused_k, *leftpad_k;  // device; int32
+  int total_q, total_k;
+  int64_t lse_batch_stride, lse_head_stride;
+  // Dropout: a weight is kept iff its 16 random bits are below keep_below (pieces/dropout.cuh).
+  int64_t const* rng_state;  // device: seed, offset; null: no dropout
+  unsigned keep_below;
+  float keep_scale;  // 1 / (1 - p)
 };
+
+// Whether the problem needs the kernels with windows, ALiBi, softcap and dropout.
+inline bool is_general(Problem const& problem) {
+  return problem.mask == MaskKind::kLocal || problem.softcap > 0.f || problem.alibi_slopes ||
+         problem.rng_state;
+}
 
 struct FwdParams {
   Problem problem;
   TensorRef q, k, v, out;
-  float* lse;  // (batch, heads_q, seqlen_q), natural log, +inf for a row that sees no key
+  float* lse;  // natural log, +inf for a row that sees no key
 };
 
 // Scratch of the backward pass, allocated by the caller with the sizes of plan_bwd.  The backward clears what it needs.
@@ -44,13 +72,28 @@ struct BwdParams {
   Problem problem;
   TensorRef dout, q, k, v, out, dq, dk, dv;
   float const* lse;   // as written by the forward pass
-  float const* dlse;  // gradient of lse, (batch, heads_q, seqlen_q) contiguous, or null
+  float const* dlse;  // gradient of lse, laid out like it, or null
   BwdWorkspace workspace;
 };
 
 // Elements of each part of BwdWorkspace.
 struct BwdPlan {
   int64_t dq_accum, rows, turns;
+};
+
+// S_dmask: probs (batch, heads_q, rows, columns) of the problem's dtype, exp(s - its row's maximum), negative where dropped.
+// What no query sees is not written.
+struct ProbsParams {
+  Problem problem;
+  TensorRef q, k;
+  void* probs;
+  int64_t rows, columns;
+};
+
+// Where a random state comes from: values, or places that hold them when the kernel runs (then offset is added).
+struct RngSource {
+  uint64_t seed, offset;
+  int64_t const *seed_place, *offset_place;
 };
 
 // What went wrong before or at a launch.  message: null when code is cudaSuccess, otherwise valid until this thread's next call.
@@ -62,6 +105,9 @@ struct Status {
 Status launch_fwd(FwdParams const& params, cudaStream_t stream);
 BwdPlan plan_bwd(Problem const& problem);
 Status launch_bwd(BwdParams const& params, cudaStream_t stream);
+Status launch_attn_probs(ProbsParams const& params, cudaStream_t stream);
+// state: seed, offset; device.
+Status launch_write_rng_state(RngSource const& source, int64_t* state, cudaStream_t stream);
 
 // What this build holds, as text for messages and reports: "90", "32,64,128", "fp16,bf16", "fwd,bwd".
 struct BuildInfo {

@@ -3,9 +3,10 @@
 #include <string>
 
 #include "flash.h"
-#include "pieces/device_info.h"
 #include "host/registry.h"
 #include "kernels/tile_config.h"
+#include "pieces/device_info.h"
+#include "pieces/sequence.cuh"
 
 namespace flash {
 namespace {
@@ -75,12 +76,10 @@ Status launch_bwd(BwdParams const& params, cudaStream_t stream) {
 }
 
 BwdPlan plan_bwd(Problem const& problem) {
-  bool const small_smem  = kSmallTiles && has_small_smem();  // as in sm80/bwd_launch.cuh
-  BwdTile const tile     = bwd_tile(built_head_dim(problem.head_dim), small_smem);
-  int64_t const m_blocks = ceil_div(problem.seqlen_q, tile.block_m);
-  int64_t const rows     = m_blocks * tile.block_m * problem.batch * problem.heads_q;
-  return {rows * built_head_dim(problem.head_dim), 2 * rows,
-          m_blocks * problem.batch * problem.heads_q};
+  bool const small_smem = kSmallTiles && has_small_smem();  // as in sm80/bwd_launch.cuh
+  BwdTile const tile    = bwd_tile(built_head_dim(problem.head_dim), small_smem);
+  int64_t const blocks = query_block_count(problem, tile.block_m), rows = blocks * tile.block_m;
+  return {rows * head_dim, 2 * rows, blocks};
 }
 
 BuildInfo build_info() {

@@ -39,6 +39,14 @@ constexpr FwdTile fwd_tile(int head_dim) {
   }
 }
 
+// For the kernels with windows, ALiBi, softcap and dropout, which need registers for them.
+constexpr FwdTile general_fwd_tile(int head_dim) {
+  FwdTile tile = fwd_tile(head_dim);
+  if (head_dim == 128) { tile.block_n = 48; }
+  tile.early = tile.block_n / 16;
+  return tile;
+}
+
 struct BwdTile {
   int block_m, block_n, warps, stages;  // a stage is one Q and one dO tile
   int sdp_keys;    // warps along the keys in S^T and dP^T (the others go along the queries)
@@ -67,6 +75,14 @@ constexpr BwdTile bwd_tile(int head_dim, bool small_smem) {
       return small_smem ? BwdTile{32, 64, 8, 2, 4, 2, 2, 32, 1}
                         : BwdTile{64, 64, 8, 2, 2, 2, 2, 64, 1};
   }
+}
+
+// For the kernels with windows, ALiBi, softcap and dropout, which need registers for them.
+constexpr BwdTile general_bwd_tile(int head_dim, bool small_smem) {
+  BwdTile tile = bwd_tile(head_dim, small_smem);
+  if (head_dim <= 64) { tile.sub_m = 16; }
+  if (head_dim == 128) { tile.sdp_keys = tile.dkv_keys = 8, tile.sub_m = 32; }
+  return tile;
 }
 
 constexpr bool has_small_bwd_tile(int head_dim) { return head_dim > 128; }

@@ -13,6 +13,12 @@
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("fwd", &flash::fwd);
   m.impl("bwd", &flash::bwd);
+  m.impl("bwd_into", &flash::bwd_into);
+  m.impl("varlen_fwd", &flash::varlen_fwd);
+  m.impl("varlen_bwd", &flash::varlen_bwd);
+  m.impl("varlen_bwd_into", &flash::varlen_bwd_into);
+  m.impl("draw_rng_state", &flash::draw_rng_state);
+  m.impl("attn_probs", &flash::attn_probs);
 }
 
 namespace {

@@ -6,6 +6,7 @@
 #include "common/bwd_preprocess.h"
 #include "pieces/integers.cuh"
 #include "pieces/launch.cuh"
+#include "pieces/sequence.cuh"
 
 namespace flash {
 namespace {
@@ -39,9 +40,10 @@ __global__ void __launch_bounds__(kThreads)
     bwd_preprocess_kernel(__grid_constant__ BwdParams const params, int block_m,
                           int built_head_dim) {
   Problem const& problem = params.problem;
-  int const m_blocks     = ceil_div(problem.seqlen_q, block_m);
-  int const pair = blockIdx.x / m_blocks, row0 = blockIdx.x % m_blocks * block_m;
-  int const batch = pair / problem.heads_q, head = pair % problem.heads_q;
+  QueryBlock const tile  = query_block(problem, blockIdx.x, block_m);
+  Site const& site       = tile.site;
+  int const row0         = site.block * block_m;
+  if (row0 >= site.seqlen_q) { return; }
 
   float4* const dq = reinterpret_cast<float4*>(params.workspace.dq_accum) +
                      int64_t(blockIdx.x) * block_m * (built_head_dim / 4);
@@ -51,15 +53,17 @@ __global__ void __launch_bounds__(kThreads)
   if (params.workspace.dq_turn && threadIdx.x == 0) { params.workspace.dq_turn[blockIdx.x] = 0; }
 
   auto matrix = [&](TensorRef const& t) {
-    return static_cast<Element const*>(t.data) + batch * t.batch_stride + head * t.head_stride;
+    return static_cast<Element const*>(t.data) + site.batch * t.batch_stride +
+           tile.head * t.head_stride + site.q_row0 * t.row_stride;
   };
   Element const *out = matrix(params.out), *dout = matrix(params.dout);
-  int const lane        = threadIdx.x % kLanesPerRow;
-  int64_t const rows_in = int64_t(pair) * problem.seqlen_q;
-  float* const rows     = params.workspace.rows + int64_t(blockIdx.x) * 2 * block_m;
+  int const lane = threadIdx.x % kLanesPerRow;
+  int64_t const rows_in =
+      site.batch * problem.lse_batch_stride + tile.head * problem.lse_head_stride + site.q_row0;
+  float* const rows = params.workspace.rows + int64_t(blockIdx.x) * 2 * block_m;
   for (int i = threadIdx.x / kLanesPerRow; i < block_m; i += kRowsPerPass) {
     int const row     = row0 + i;
-    bool const exists = row < problem.seqlen_q;
+    bool const exists = row < site.seqlen_q;
     float sum = 0.f, lse = INFINITY;
     if (exists) { lse = params.lse[rows_in + row]; }
     // The eight lanes of a row agree, and a shuffle inside dot_rows needs all 32: rows that do not exist read row 0.
@@ -80,11 +84,10 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t launch_bwd_preprocess(BwdParams const& params, int block_m, int built_head_dim,
                                   cudaStream_t stream) {
   Problem const& problem = params.problem;
-  int64_t const tiles =
-      int64_t(ceil_div(problem.seqlen_q, block_m)) * problem.batch * problem.heads_q;
-  auto const kernel = problem.dtype == DType::kFp16
-                          ? &bwd_preprocess_kernel<__half2, __half>
-                          : &bwd_preprocess_kernel<__nv_bfloat162, __nv_bfloat16>;
+  int64_t const tiles    = query_block_count(problem, block_m);
+  auto const kernel      = problem.dtype == DType::kFp16
+                               ? &bwd_preprocess_kernel<__half2, __half>
+                               : &bwd_preprocess_kernel<__nv_bfloat162, __nv_bfloat16>;
   return launch_tiles(kernel, tiles, kThreads, 0, stream, params, block_m, built_head_dim);
 }
 

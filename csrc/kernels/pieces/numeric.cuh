@@ -38,6 +38,18 @@ CUTE_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// Largest relative error 2^-11 (PTX ISA).
+CUTE_DEVICE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+CUTE_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 CUTE_DEVICE float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 1));

@@ -1,6 +1,7 @@
 #pragma once
 // Backward kernel: one thread block per (key block, key head, batch), in the order of TileOrder.
 // Invariant: every row of dk and dv below seqlen_k is written exactly once, summed over the query heads of its group.
+#include "pieces/features.cuh"
 #include "pieces/head.cuh"
 #include "pieces/store.cuh"
 #include "pieces/tile_order.cuh"
@@ -15,14 +16,16 @@ CUTE_DEVICE TileCoord key_tile(TileOrder const& order, int index) {
   return tile;
 }
 
-template <class Traits, MaskKind kMask>
+template <class Traits, MaskKind kMask, Level kLevel>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     bwd_kernel(__grid_constant__ BwdParams const params, __grid_constant__ TileOrder const order) {
   using Element         = typename Traits::Element;
   using TileK           = typename Traits::TileK;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   extern __shared__ __align__(128) unsigned char smem_bytes[];
-  Element* const smem    = reinterpret_cast<Element*>(smem_bytes);
+  Element* const smem = reinterpret_cast<Element*>(smem_bytes);
+  // What is needed again later: kept in registers it would be spilled in the loop.
+  __shared__ SavedTile saved;
   Problem const& problem = params.problem;
   int const thread       = threadIdx.x;
 
@@ -33,37 +36,60 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 
   {
     TileCoord const tile = key_tile(order, blockIdx.x);
-    Visibility<kMask> const see{problem.seqlen_q, problem.seqlen_k, 0, 0};
-    BlockRange const blocks = query_blocks<kBlockM, kBlockN>(see, tile.block);
+    bool const ragged    = problem.cu_seqlens_q != nullptr;
+    Site const site      = ragged ? find_site<true>(problem, tile.block, kBlockN)
+                                  : dense_site(problem, tile.batch, tile.block);
+    if (site.block * kBlockN >= site.k_rows) { return; }
+    Visibility<kMask> const see{site.seqlen_q, site.seqlen_k, problem.window_left,
+                                problem.window_right};
+    BlockRange const blocks = query_blocks<kBlockM, kBlockN>(see, site.block);
     int const group = problem.heads_q / problem.heads_kv, head = tile.head * group;
-    typename BwdMainloop<Traits, kMask>::Operands const operands{
-        matrix_of<Element>(params.q, tile.batch, head),
-        matrix_of<Element>(params.dout, tile.batch, head),
-        matrix_of<Element>(params.k, tile.batch, tile.head),
-        matrix_of<Element>(params.v, tile.batch, tile.head),
-        tile.batch * problem.heads_q + head,
-        group};
+    int const slots       = ragged ? int(slot_count(problem.total_q, problem.batch, kBlockM))
+                                   : ceil_div(problem.seqlen_q, kBlockM);
+    int const first_index = ragged ? head * slots + first_slot(site.q_row0, site.batch, kBlockM)
+                                   : (site.batch * problem.heads_q + head) * slots;
+    if (thread == 0) {
+      saved.head = tile.head, saved.site = site, saved.blocks = blocks;
+      saved.group = group, saved.slots = slots, saved.first_index = first_index;
+      saved.window_left = problem.window_left, saved.window_right = problem.window_right;
+      if constexpr (kLevel == Level::kDropout) {
+        saved.features = tile_features<kLevel>(problem, ScoreMod{}, site.batch, head);
+      }
+    }
+    __syncthreads();  // PROTECTS: saved is complete.
+    auto const first_row = [&](TensorRef const& tensor, int head, int row) {
+      return matrix_of<Element>(tensor, site.batch, head) + row * tensor.row_stride;
+    };
+    typename BwdMainloop<Traits, kMask, kLevel>::Operands const operands{
+        first_row(params.q, head, site.q_row0), first_row(params.dout, head, site.q_row0),
+        first_row(params.k, tile.head, site.k_row0), first_row(params.v, tile.head, site.k_row0),
+        &saved};
     if (blocks.first < blocks.end) {
-      BwdMainloop<Traits, kMask>::run(params, operands, see, blocks, tile.block, smem, tdKrdK,
-                                      tdVrdV);
+      BwdMainloop<Traits, kMask, kLevel>::run(params, operands, see, blocks, site.block, smem,
+                                              tdKrdK, tdVrdV);
     }
   }
 
-  // Epilogue: dK and dV take the places of K and V.  Coordinates are computed anew: kept, they would cost registers.
-  TileCoord const tile = key_tile(order, block_index_again());
+  // Epilogue: dK and dV take the places of K and V.
   CUTE_UNROLL
-  for (int i = 0; i < size(tdKrdK); ++i) { tdKrdK(i) *= problem.scale; }
+  for (int i = 0; i < size(tdKrdK); ++i) {
+    tdKrdK(i) *= problem.scale;
+    if constexpr (kLevel == Level::kDropout) { tdVrdV(i) *= problem.keep_scale; }
+  }
   __syncthreads();  // PROTECTS: all warps are done with K and V.
   auto sdK = TileK::tensor(smem);
   auto sdV = TileK::tensor(smem + TileK::kSize);
   fragment_to_smem<typename Traits::MmaDkv>(round_to<Element>(tdKrdK), sdK, thread);
   fragment_to_smem<typename Traits::MmaDkv>(round_to<Element>(tdVrdV), sdV, thread);
   __syncthreads();  // PROTECTS: all of dK and dV is in shared memory.
-  int const col0 = tile.block * kBlockN;
-  auto store     = [&](auto const& sTile, TensorRef const& target) {
+  Site const& site = saved.site;
+  int const col0   = site.block * kBlockN;
+  auto store       = [&](auto const& sTile, TensorRef const& target) {
     smem_to_rows<kBlockN, Traits::kHeadDim, Traits::kThreads>(
-        sTile, matrix_of<Element>(target, tile.batch, tile.head) + col0 * target.row_stride,
-        target.row_stride, problem.seqlen_k - col0, problem.head_dim, thread);
+        sTile,
+        matrix_of<Element>(target, site.batch, saved.head) +
+            int64_t(site.k_row0 + col0) * target.row_stride,
+        target.row_stride, site.k_rows - col0, problem.head_dim, thread);
   };
   store(sdK, params.dk);
   store(sdV, params.dv);

@@ -8,31 +8,55 @@
 
 namespace flash::sm80 {
 
-template <class Traits>
-cudaError_t launch_bwd_kernels(BwdParams const& params, cudaStream_t stream) {
+// Traits of the kernel that converts dQ: the general one's only where its workspace lies differently.
+template <class Traits, class General>
+constexpr bool kSameDq =
+    Traits::kBlockM == General::kBlockM && Traits::kThreads == General::kThreads &&
+    std::is_same_v<typename Traits::MmaDq, typename General::MmaDq>;
+
+template <class Traits, class DqTraits, class Kernel>
+cudaError_t launch_bwd_kernels(BwdParams const& params, Kernel kernel, cudaStream_t stream) {
   using Element          = typename Traits::Element;
   Problem const& problem = params.problem;
+  bool const ragged      = problem.cu_seqlens_q != nullptr;
   cudaError_t status     = launch_bwd_preprocess(params, Traits::kBlockM, Traits::kHeadDim, stream);
   if (status != cudaSuccess) { return status; }
 
-  bool const causal = problem.mask == MaskKind::kCausal;
-  int const blocks  = ceil_div(problem.seqlen_k, Traits::kBlockN),
-            group   = problem.heads_q / problem.heads_kv;
+  int64_t const blocks = ragged ? slot_count(problem.total_k, problem.batch, Traits::kBlockN)
+                                : ceil_div(problem.seqlen_k, Traits::kBlockN);
+  if (blocks * problem.heads_kv > INT32_MAX) { return cudaErrorInvalidConfiguration; }
+  int const group = problem.heads_q / problem.heads_kv;
   // Q, dO (16 bits) and dQ (fp32) of a group's query heads stay in L2 while its key blocks run.
   int64_t const query_bytes = int64_t(8) * problem.seqlen_q * problem.head_dim * group;
   TileOrder const order =
-      make_tile_order(blocks, problem.batch, problem.heads_kv, heads_in_l2(query_bytes), causal);
-  auto const kernel =
-      causal ? &bwd_kernel<Traits, MaskKind::kCausal> : &bwd_kernel<Traits, MaskKind::kNone>;
+      make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_kv,
+                      heads_in_l2(query_bytes), ragged || problem.mask != MaskKind::kNone);
   status = launch_tiles(kernel, order.size(), Traits::kThreads, Traits::kSmemBytes, stream, params,
                         order);
   if (status != cudaSuccess) { return status; }
 
-  int64_t const query_tiles =
-      int64_t(ceil_div(problem.seqlen_q, Traits::kBlockM)) * problem.batch * problem.heads_q;
   constexpr int kDqBytes = Traits::TileQ::kSize * int(sizeof(Element));
-  return launch_tiles(&bwd_postprocess_kernel<Traits>, query_tiles, Traits::kThreads, kDqBytes,
+  return launch_tiles(&bwd_postprocess_kernel<DqTraits>,
+                      query_block_count(problem, Traits::kBlockM), Traits::kThreads, kDqBytes,
                       stream, params);
+}
+
+template <class Traits, class General>
+cudaError_t launch_bwd_variant(BwdParams const& params, cudaStream_t stream) {
+  using GeneralDq        = std::conditional_t<kSameDq<Traits, General>, Traits, General>;
+  Problem const& problem = params.problem;
+  if (is_general(problem)) {
+    return launch_bwd_kernels<General, GeneralDq>(
+        params,
+        problem.rng_state ? &bwd_kernel<General, MaskKind::kLocal, Level::kDropout>
+                          : &bwd_kernel<General, MaskKind::kLocal, Level::kScores>,
+        stream);
+  }
+  return launch_bwd_kernels<Traits, Traits>(
+      params,
+      problem.mask == MaskKind::kCausal ? &bwd_kernel<Traits, MaskKind::kCausal, Level::kPlain>
+                                        : &bwd_kernel<Traits, MaskKind::kNone, Level::kPlain>,
+      stream);
 }
 
 // kSmallTiles: this build is also for GPUs whose thread blocks get less shared memory than sm_90's.
@@ -40,10 +64,12 @@ template <int kHeadDim, class Element, bool kSmallTiles>
 cudaError_t launch_bwd(BwdParams const& params, cudaStream_t stream) {
   if constexpr (kSmallTiles && has_small_bwd_tile(kHeadDim)) {
     if (has_small_smem()) {
-      return launch_bwd_kernels<BwdTraits<kHeadDim, Element, true>>(params, stream);
+      return launch_bwd_variant<BwdTraits<kHeadDim, Element, true>,
+                                BwdTraits<kHeadDim, Element, true, true>>(params, stream);
     }
   }
-  return launch_bwd_kernels<BwdTraits<kHeadDim, Element>>(params, stream);
+  return launch_bwd_variant<BwdTraits<kHeadDim, Element>,
+                            BwdTraits<kHeadDim, Element, false, true>>(params, stream);
 }
 
 }  // namespace flash::sm80

@@ -3,6 +3,7 @@
 // its share of dQ.  Used by bwd_kernel.  No product is split between warps along its summation.
 #include "pieces/copy.cuh"
 #include "pieces/dq_accum.cuh"
+#include "pieces/features.cuh"
 #include "pieces/head.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/softmax.cuh"
@@ -11,7 +12,7 @@
 
 namespace flash::sm80 {
 
-template <class Traits, MaskKind kMask>
+template <class Traits, MaskKind kMask, Level kLevel>
 struct BwdMainloop {
   using Element = typename Traits::Element;
   using TileQ   = typename Traits::TileQ;
@@ -26,8 +27,7 @@ struct BwdMainloop {
   // Matrices of the key head and of the first query head that shares it.
   struct Operands {
     Element const *q, *dout, *k, *v;
-    int first_head;  // batch * heads_q + that query head: its place in the workspace
-    int heads;       // query heads that share the key head
+    SavedTile const* saved;  // in shared memory; its random bits are the first query head's
   };
 
   // tdKrdK, tdVrdV must be zero on entry; dK is still to be multiplied by softmax_scale.  blocks must not be empty.
@@ -36,29 +36,53 @@ struct BwdMainloop {
                               Visibility<kMask> const& see, BlockRange const& blocks, int n_block,
                               Element* smem, TensorK& tdKrdK, TensorK& tdVrdV) {
     int const thread = threadIdx.x, col0 = n_block * kBlockN, head_dim = params.problem.head_dim;
-    int const m_blocks = ceil_div(see.seqlen_q, kBlockM), keys_left = see.seqlen_k - col0;
-    float const scale_log2 = fmaxf(params.problem.scale * kLog2E, kMinScaleLog2);
-    auto sK                = TileK::tensor(smem);
-    auto sV                = TileK::tensor(smem + TileK::kSize);
-    Element* const smem_q  = smem + 2 * TileK::kSize;
-    Element* const smem_s  = smem_q + Traits::kStages * 2 * TileQ::kSize;
-    auto sdS               = TileS::tensor(smem_s);
-    auto sP                = TileS::tensor(smem_s + (Traits::kPInRegs ? 0 : TileS::kSize));
-    float* const smem_rows = reinterpret_cast<float*>(smem + Traits::kTileElements);
+    int const keys_left          = see.seqlen_k - col0;
+    float const plain_scale_log2 = fmaxf(params.problem.scale * kLog2E, kMinScaleLog2);
+    auto sK                      = TileK::tensor(smem);
+    auto sV                      = TileK::tensor(smem + TileK::kSize);
+    Element* const smem_q        = smem + 2 * TileK::kSize;
+    Element* const smem_s        = smem_q + Traits::kStages * 2 * TileQ::kSize;
+    auto sdS                     = TileS::tensor(smem_s);
+    auto sP                      = TileS::tensor(smem_s + (Traits::kPInRegs ? 0 : TileS::kSize));
+    float* const smem_rows       = reinterpret_cast<float*>(smem + Traits::kTileElements);
+
+    // Per tile, of the loop: in registers where there are enough, otherwise read from shared memory where it is needed.
+    constexpr bool kKeep   = kLevel == Level::kPlain && Traits::kHeadDim <= 128;
+    SavedTile const& saved = *in.saved;
+    auto const range       = [&] { return kKeep ? blocks : read_now(saved.blocks); };
+    auto const see_now     = [&] { return kKeep ? see : saved.template see<kMask>(); };
 
     // Loads: K and V once, then a stage of Q, dO, LSE and delta per query block
     int64_t const q_stride = params.q.row_stride, dout_stride = params.dout.row_stride;
     CopyQ copy_q(in.q + blocks.first * kBlockM * q_stride, q_stride, head_dim, thread);
     CopyQ copy_dout(in.dout + blocks.first * kBlockM * dout_stride, dout_stride, head_dim, thread);
-    // index: of the query block in the workspace; lane: the thread's index
-    auto start_stage = [&](int stage, int index, int m_block, int lane) {
+    // Of a query block in the workspace.
+    auto const index = [&](int head, int m_block) {
+      return read_now(saved.first_index) + head * read_now(saved.slots) + m_block;
+    };
+    // lane: the thread's index
+    auto start_stage = [&](int stage, int head, int m_block, int lane) {
       Element* const stage_q = smem_q + stage * 2 * TileQ::kSize;
-      int const rows_left    = see.seqlen_q - m_block * kBlockM;
+      int const rows_left =
+          (kKeep ? see.seqlen_q : read_now(in.saved->site.seqlen_q)) - m_block * kBlockM;
+      if constexpr (!kKeep) {
+        int const query_head = read_now(saved.head) * read_now(saved.group) + head;
+        int64_t const row    = read_now(saved.site.q_row0) + m_block * kBlockM;
+        int const batch      = read_now(saved.site.batch);
+        copy_q.next = CopyQ(matrix_of<Element>(params.q, batch, query_head) + row * q_stride,
+                            q_stride, head_dim, lane)
+                          .next;
+        copy_dout.next =
+            CopyQ(matrix_of<Element>(params.dout, batch, query_head) + row * dout_stride,
+                  dout_stride, head_dim, lane)
+                .next;
+      }
       copy_q.template start<true>(TileQ::tensor(stage_q), rows_left, thread);
       copy_dout.template start<true>(TileQ::tensor(stage_q + TileQ::kSize), rows_left, thread);
       if (lane < kRowValues / 4) {
         cp_async_16(smem_rows + stage * kRowValues + lane * 4,
-                    params.workspace.rows + int64_t(index) * kRowValues + lane * 4, true);
+                    params.workspace.rows + int64_t(index(head, m_block)) * kRowValues + lane * 4,
+                    true);
       }
     };
     CopyK(in.k + col0 * params.k.row_stride, params.k.row_stride, head_dim, thread)
@@ -66,36 +90,38 @@ struct BwdMainloop {
     CopyK(in.v + col0 * params.v.row_stride, params.v.row_stride, head_dim, thread)
         .template start<true>(sV, keys_left, thread);
     // Query blocks left to right, then the next head that shares the keys.
-    int m_block = blocks.first, heads_left = in.heads,
-        index = in.first_head * m_blocks + blocks.first;
-    start_stage(0, index, m_block, thread);
+    int m_block = blocks.first, head = 0;
+    start_stage(0, head, m_block, thread);
     cp_async_commit();
 
-    for (int stage = 0; heads_left > 0; stage ^= 1) {
+    for (int stage = 0; head < read_now(saved.group); stage ^= 1) {
       // Shared memory addresses that depend on the thread are worth fewer registers than they would take across iterations.
       int const lane = opaque(thread);
       cp_async_wait<0>();
       __syncthreads();  // PROTECTS: this stage has arrived; all warps are done with the other stage and with dS^T, P^T.
-      bool const new_head  = m_block + 1 == blocks.end;
-      int const next_block = new_head ? blocks.first : m_block + 1;
-      int const next_index = index + (new_head ? m_blocks : 0) + next_block - m_block;
-      if (!(new_head && heads_left == 1)) {
-        int64_t const rows = int64_t(next_block - m_block) * kBlockM;
+      bool const new_head  = m_block + 1 == range().end;
+      int const next_block = new_head ? range().first : m_block + 1;
+      if (!(new_head && head + 1 == read_now(saved.group))) {
+        int64_t const rows = int64_t(next_block - m_block) * kBlockM;  // without kKeep unused
         copy_q.move(rows * q_stride + (new_head ? params.q.head_stride : 0));
         copy_dout.move(rows * dout_stride + (new_head ? params.dout.head_stride : 0));
-        start_stage(stage ^ 1, next_index, next_block, lane);
+        start_stage(stage ^ 1, head + new_head, next_block, lane);
       }
       cp_async_commit();
 
       Element* const stage_q   = smem_q + stage * 2 * TileQ::kSize;
       float const* const sRows = smem_rows + stage * kRowValues;
       // Keys beyond seqlen_k are the mask's too: K is zero there, and exp2(0 - LSE) may overflow.
-      int const first_key = opaque(col0);
+      int const first_key = kKeep ? opaque(col0) : read_now(saved.site.block) * kBlockN;
       // Queries beyond seqlen_q need no mask, their LSE is +inf and P zero; head dimension 256 masks them all the same, because
       // the kernel without that test spills.
       constexpr bool kAskRange = kMask != MaskKind::kNone || Traits::kHeadDim == 256;
       bool const masked =
-          (kAskRange && blocks.needs_mask(m_block)) || see.seqlen_k - first_key < kBlockN;
+          (kAskRange && range().needs_mask(m_block)) || see_now().seqlen_k - first_key < kBlockN;
+      auto const mod_of_head = [&] { return saved.score_mod(params.problem, head); };
+      float const scale_log2 = kLevel == Level::kPlain
+                                   ? plain_scale_log2
+                                   : fmaxf(scale_log2_of(params.problem), kMinScaleLog2);
       typename Traits::MmaSdp mma_sdp;
       typename Traits::MmaDkv mma_dkv;
       CUTE_UNROLL
@@ -109,9 +135,19 @@ struct BwdMainloop {
         auto tSrS = partition_fragment_C(mma_sdp, TileSdp{});
         clear(tSrS);
         gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(mma_sdp, tSrS, sK, sQ, lane);
-        if (masked) {
-          mask_scores<true, typename Traits::MmaSdp, TileSdp>(
-              tSrS, see, m_block * kBlockM + sub * kSubM, first_key, lane);
+        if constexpr (kLevel == Level::kPlain) {
+          if (masked) {
+            mask_scores<true, typename Traits::MmaSdp, TileSdp>(
+                tSrS, see_now(), m_block * kBlockM + sub * kSubM, first_key, lane);
+          }
+        } else {
+          int const row0 = m_block * kBlockM + sub * kSubM;
+          mod_of_head().template apply<true, typename Traits::MmaSdp, TileSdp>(
+              tSrS, row0, first_key, see_now().shift(), lane);
+          for (int round = opaque(int(masked)); round > 0; --round) {  // as in the forward pass
+            mask_scores<true, typename Traits::MmaSdp, TileSdp>(tSrS, see_now(), row0, first_key,
+                                                                lane);
+          }
         }
         auto scores            = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
         constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
@@ -126,13 +162,24 @@ struct BwdMainloop {
               exponentials(scores, lse, scale_log2, part * kQueries / kDpParts,
                            (part + 1) * kQueries / kDpParts);
             });
-        auto tSrP = round_to<Element>(tSrS);
+        if constexpr (kLevel == Level::kDropout) {
+          mark_dropped(tSrS, saved.features.dropout, head, params.problem.keep_below,
+                       m_block * kBlockM + sub * kSubM, first_key, lane);
+        }
+        auto tSrP = round_to<Element>(kept(tSrS));
         if constexpr (!Traits::kPInRegs) {
           fragment_to_smem<typename Traits::MmaSdp>(tSrP, sP, lane);
         }
 
         // dS^T
-        score_gradients(tSrdP, tSrS, sRows + kBlockM + sub * kSubM, lane);
+        score_gradients(tSrdP, tSrS, sRows + kBlockM + sub * kSubM, params.problem.keep_scale,
+                        lane);
+        if constexpr (kLevel != Level::kPlain) {
+          if (params.problem.softcap > 0.f) {
+            softcap_gradients(tSrdP, tSrS, mod_of_head(), sRows + sub * kSubM,
+                              m_block * kBlockM + sub * kSubM + see_now().shift(), first_key, lane);
+          }
+        }
         auto tSrdS = round_to<Element>(tSrdP);
         fragment_to_smem<typename Traits::MmaSdp>(
             tSrdS, local_tile(sdS, TileSdp{}, make_coord(_0{}, sub)), lane);
@@ -161,17 +208,18 @@ struct BwdMainloop {
       gemm_ss<typename Traits::OperandDs, typename Traits::OperandKt>(
           typename Traits::MmaDq{}, tdQrdQ, TileS::transposed(smem_s), TileK::transposed(smem),
           lane);
+      int const place  = index(head, m_block);
       int* const turns = params.workspace.dq_turn;
       add_to_dq<Traits::kThreads>(
-          params.workspace.dq_accum + int64_t(index) * Traits::kDqElements, tdQrdQ,
-          turns ? turns + index : nullptr,
-          first_key / kBlockN - key_blocks<kBlockM, kBlockN>(see, m_block).first, lane);
+          params.workspace.dq_accum + int64_t(place) * Traits::kDqElements, tdQrdQ,
+          turns ? turns + place : nullptr,
+          first_key / kBlockN - key_blocks<kBlockM, kBlockN>(see_now(), m_block).first, lane);
       if constexpr (!Traits::kPInRegs) {  // dK += dS^T Q
         gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
             mma_dkv, tdKrdK, sdS, TileQ::transposed(stage_q), lane);
       }
-      heads_left -= new_head;
-      m_block = next_block, index = next_index;
+      head += new_head;
+      m_block = next_block;
     }
   }
 
@@ -223,10 +271,57 @@ struct BwdMainloop {
     }
   }
 
-  // dP^T becomes dS^T = P^T (dP^T - delta).
+  // Dropped weights of P^T become negative: the sign is where both gradients look for them.
+  template <class TensorS>
+  CUTE_DEVICE static void mark_dropped(TensorS& tSrS, DropoutBits bits, int head,
+                                       uint32_t keep_below, int row0, int col0, int thread) {
+    bits.pair += head;
+    // Coordinates of the warp's first lane: corners of 16 x 16 blocks.
+    auto corner = typename Traits::MmaSdp{}
+                      .get_slice(thread / 32 * 32)
+                      .partition_C(make_identity_tensor(TileSdp{}));
+    CUTE_UNROLL
+    for (int m = 0; m < size<1>(tSrS); ++m) {
+      CUTE_UNROLL
+      for (int n = 0; n < size<2>(tSrS); n += 2) {
+        int const row16 = (row0 + int(get<1>(corner(0, m, n)))) / 16,
+                  col16 = (col0 + int(get<0>(corner(0, m, n)))) / 16;
+        Random4 const r = bits.block(row16, col16, thread % 32);
+        CUTE_UNROLL
+        for (int i = 0; i < 4;
+             ++i) {  // word i: query half i % 2, key half i / 2; across: keys down
+          uint32_t const word = transpose_8x8(r.word[i]);
+          float& low          = tSrS(i / 2 * 2, m, n + i % 2);
+          float& high         = tSrS(i / 2 * 2 + 1, m, n + i % 2);
+          low                 = keeps_low(word, keep_below) ? low : -low;
+          high                = keeps_high(word, keep_below) ? high : -high;
+        }
+      }
+    }
+  }
+  CUTE_DEVICE static uint32_t transpose_8x8(uint32_t pair) {
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+  }
+
+  // P^T without its dropped weights.
+  template <class TensorS>
+  CUTE_DEVICE static auto kept(TensorS const& tSrS) {
+    if constexpr (kLevel == Level::kDropout) {
+      auto result = make_tensor<float>(tSrS.layout());
+      CUTE_UNROLL
+      for (int i = 0; i < size(tSrS); ++i) { result(i) = fmaxf(tSrS(i), 0.f); }
+      return result;
+    } else {
+      return tSrS;
+    }
+  }
+
+  // dP^T becomes dS^T = P^T (dP^T - delta); with dropout, dP^T is that of the kept weights, times keep_scale.
   template <class TensorS>
   CUTE_DEVICE static void score_gradients(TensorS& tSrdP, TensorS const& tSrP, float const* sDelta,
-                                          int thread) {
+                                          float keep_scale, int thread) {
     auto gradients = make_tensor(tSrdP.data(), rows_columns(tSrdP.layout()));
     auto p         = make_tensor(tSrP.data(), rows_columns(tSrP.layout()));
     auto where     = coordinates(thread);
@@ -235,7 +330,35 @@ struct BwdMainloop {
       float const delta = sDelta[get<1>(where(0, c))];
       CUTE_UNROLL
       for (int r = 0; r < size<0>(gradients); ++r) {
-        gradients(r, c) = p(r, c) * (gradients(r, c) - delta);
+        if constexpr (kLevel == Level::kDropout) {
+          float const dp  = p(r, c) > 0.f ? gradients(r, c) * keep_scale : 0.f;
+          gradients(r, c) = fabsf(p(r, c)) * (dp - delta);
+        } else {
+          gradients(r, c) = p(r, c) * (gradients(r, c) - delta);
+        }
+      }
+    }
+  }
+
+  // Through softcap * tanh(s / softcap): times 1 - tanh^2.  The capped score comes back from P and LSE, where P is not 0.
+  template <class TensorS>
+  CUTE_DEVICE static void softcap_gradients(TensorS& tSrdS, TensorS const& tSrP,
+                                            ScoreMod const& mod, float const* sLse,
+                                            int row0_shifted, int col0, int thread) {
+    auto gradients     = make_tensor(tSrdS.data(), rows_columns(tSrdS.layout()));
+    auto p             = make_tensor(tSrP.data(), rows_columns(tSrP.layout()));
+    auto where         = coordinates(thread);
+    float const inside = 1.f / mod.softcap;
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(gradients); ++c) {
+      float const lse = sLse[get<1>(where(0, c))];
+      CUTE_UNROLL
+      for (int r = 0; r < size<0>(gradients); ++r) {
+        float const distance =
+            fabsf(float(row0_shifted + int(get<1>(where(r, c))) - col0 - int(get<0>(where(r, c)))));
+        float const capped  = (log2_approx(fabsf(p(r, c))) + lse) * kLn2 + mod.slope * distance;
+        float const tangent = capped * inside;
+        gradients(r, c)     = p(r, c) == 0.f ? 0.f : gradients(r, c) * (1.f - tangent * tangent);
       }
     }
   }

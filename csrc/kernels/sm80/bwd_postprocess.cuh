@@ -2,6 +2,7 @@
 // dQ from its fp32 sum: scaled, rounded, in rows again.  One thread block per (query block, query head, batch).
 // It shares the main kernel's MmaDq, in whose coordinates the sum lies: that is why it is not a kernel of its own unit.
 #include "pieces/head.cuh"
+#include "pieces/sequence.cuh"
 #include "pieces/store.cuh"
 #include "sm80/bwd_traits.cuh"
 
@@ -14,8 +15,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
   constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Problem const& problem = params.problem;
-  int const thread = threadIdx.x, m_blocks = ceil_div(problem.seqlen_q, kBlockM);
-  int const pair = blockIdx.x / m_blocks, m_block = blockIdx.x % m_blocks;
+  int const thread       = threadIdx.x;
+  QueryBlock const tile  = query_block(problem, blockIdx.x, kBlockM);
+  Site const& site       = tile.site;
+  int const row0         = site.block * kBlockM;
+  if (row0 >= site.seqlen_q) { return; }
 
   typename Traits::MmaDq mma;
   auto tdQrdQ = partition_fragment_C(mma, Shape<Int<kBlockM>, Int<kHeadDim>>{});
@@ -46,12 +50,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
   auto sdQ = Traits::TileQ::tensor(reinterpret_cast<Element*>(smem_bytes));
   fragment_to_smem<typename Traits::MmaDq>(round_to<Element>(tdQrdQ), sdQ, thread);
   __syncthreads();  // PROTECTS: all of dQ is in shared memory.
-  int const row0 = m_block * kBlockM;
   smem_to_rows<kBlockM, kHeadDim, Traits::kThreads>(
       sdQ,
-      matrix_of<Element>(params.dq, pair / problem.heads_q, pair % problem.heads_q) +
-          row0 * params.dq.row_stride,
-      params.dq.row_stride, problem.seqlen_q - row0, problem.head_dim, thread);
+      matrix_of<Element>(params.dq, site.batch, tile.head) +
+          int64_t(site.q_row0 + row0) * params.dq.row_stride,
+      params.dq.row_stride, site.seqlen_q - row0, problem.head_dim, thread);
 }
 
 }  // namespace flash::sm80

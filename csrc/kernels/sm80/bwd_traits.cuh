@@ -16,10 +16,12 @@
 namespace flash::sm80 {
 using namespace cute;
 
-template <int kHeadDim_, class Element_, bool kSmallSmem = false>
+// kGeneral: the kernels with windows, ALiBi, softcap and dropout.
+template <int kHeadDim_, class Element_, bool kSmallSmem = false, bool kGeneral = false>
 struct BwdTraits {
-  using Element                  = Element_;
-  static constexpr BwdTile kTile = bwd_tile(kHeadDim_, kSmallSmem);
+  using Element = Element_;
+  static constexpr BwdTile kTile =
+      kGeneral ? general_bwd_tile(kHeadDim_, kSmallSmem) : bwd_tile(kHeadDim_, kSmallSmem);
   static constexpr int kHeadDim = kHeadDim_, kBlockM = kTile.block_m, kBlockN = kTile.block_n;
   static constexpr int kWarps = kTile.warps, kThreads = kWarps * 32, kStages = kTile.stages,
                        kMinCtas = kTile.ctas;
@@ -28,9 +30,16 @@ struct BwdTraits {
   template <int kWarpsM>
   using WarpMma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarpsM>, Int<kWarps / kWarpsM>, _1>>,
                            Tile<Int<16 * kWarpsM>, Int<16 * (kWarps / kWarpsM)>, _16>>;
-  using MmaSdp  = WarpMma<kTile.sdp_keys>;
-  using MmaDkv  = WarpMma<kTile.dkv_keys>;
-  using MmaDq   = WarpMma<kTile.dq_queries>;
+  // General: a warp's columns are whole runs of 16 queries, as the blocks of dropout are.
+  static constexpr int kSdpQueries = kWarps / kTile.sdp_keys;
+  using SdpColumns                 = Layout<Shape<_8, Int<kSdpQueries>, _2>, Stride<_1, _16, _8>>;
+  using GeneralSdp =
+      TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kTile.sdp_keys>, Int<kSdpQueries>, _1>>,
+               Tile<Int<16 * kTile.sdp_keys>, SdpColumns, _16>>;
+  using MmaSdp =
+      std::conditional_t<kGeneral && (kSdpQueries > 1), GeneralSdp, WarpMma<kTile.sdp_keys>>;
+  using MmaDkv = WarpMma<kTile.dkv_keys>;
+  using MmaDq  = WarpMma<kTile.dq_queries>;
   // A warp that owns all queries of its keys feeds P^T and dS^T to dV and dK without leaving its registers.
   static constexpr bool kPInRegs = kTile.sdp_keys == kWarps && kTile.dkv_keys == kWarps;
   // Such a warp takes the queries in parts: S^T and dP^T of all of them would not fit beside dK and dV.

@@ -2,8 +2,10 @@
 // The forward algorithm for one query tile: O = softmax(scale Q K^T) V over the key blocks that the tile sees.
 // Used by fwd_kernel.  Knows nothing of the grid.  Key blocks run right to left: the diagonal and the ragged end come first.
 #include "pieces/copy.cuh"
+#include "pieces/dropout.cuh"
 #include "pieces/head.cuh"
 #include "pieces/mask.cuh"
+#include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
 #include "sm80/fwd_traits.cuh"
 
@@ -16,7 +18,7 @@ namespace flash::sm80 {
 //   products n    O += P(n+1) V(n+1), beside it the other exponentials; S(n) = Q K(n)^T
 //   barrier       K(n), V(n+1) have been read by all warps; K(n-1), V(n) have arrived
 //
-template <class Traits, MaskKind kMask>
+template <class Traits, MaskKind kMask, Level kLevel>
 struct FwdMainloop {
   using Element = typename Traits::Element;
   using TileQ   = typename Traits::TileQ;
@@ -24,11 +26,14 @@ struct FwdMainloop {
   using Copy    = TileCopy<Element, Traits::kBlockN, Traits::kHeadDim, Traits::kThreads>;
   using CopyQ   = TileCopy<Element, Traits::kBlockM, Traits::kHeadDim, Traits::kThreads>;
   static constexpr int kStages = Traits::kStages;
+  static_assert(kLevel != Level::kPlain || !Visibility<kMask>::kHasLeft,
+                "windows belong to the general kernels");
 
   // One head's matrices in global memory.
   struct Operands {
     Element const *q, *k, *v;
     int64_t q_row_stride, k_row_stride, v_row_stride;
+    SavedTile const* saved;  // in shared memory; read where kLevel needs it
   };
 
   // tOrO (MMA, MMA_M, MMA_N) must be zero on entry.  blocks must not be empty.
@@ -46,9 +51,8 @@ struct FwdMainloop {
     int const rows_left    = see.seqlen_k - int(last_row);
     Copy copy_k(in.k + last_row * in.k_row_stride, in.k_row_stride, head_dim, thread);
     Copy copy_v(in.v + last_row * in.v_row_stride, in.v_row_stride, head_dim, thread);
-    int const first = Visibility<kMask>::kHasLeft ? blocks.first : 0;  // known: costs no register
-    int const left_end = Visibility<kMask>::kHasLeft ? blocks.left_end : 0;
-    auto load_next_k   = [&](int n_block, int stage, int lane) {
+    int const first  = Visibility<kMask>::kHasLeft ? blocks.first : 0;  // known: costs no register
+    auto load_next_k = [&](int n_block, int stage, int lane) {
       if (n_block >= first) {
         copy_k.move(-Traits::kBlockN * in.k_row_stride);
         copy_k.template start<false>(TileKV::tensor(smem_k + stage * TileKV::kSize), 0, lane);
@@ -91,16 +95,31 @@ struct FwdMainloop {
       load_next_k(n_block - 2, stage, lane);
       load_next_v(n_block - 1, stage ^ 1, lane);
       cp_async_commit();
-      if constexpr (decltype(masked)::value) {
+      Visibility<kMask> visibility = see;
+      if constexpr (kLevel != Level::kPlain) {
+        ScoreMod const mod = in.saved->features.score_mod;
+        visibility         = in.saved->template see<kMask>();
+        mod.template apply<false, typename Traits::TiledMma, TileS>(
+            tSrS, in.saved->site.block * Traits::kBlockM, n_block * Traits::kBlockN,
+            visibility.shift(), lane);
+      }
+      // In the general kernels, where it is decided at run time, a loop of at most one round: a branch would become predicated
+      // instructions, issued in every step.
+      for (int round = run_time_flag(masked); round > 0; --round) {
         // The shuffle returns the thread's own index.  Unlike the index it cannot be moved out of the loop, where what follows
         // from it would be kept for the mask and spilled.
-        mask_scores<false, typename Traits::TiledMma, TileS>(
-            tSrS, see, opaque(row0), n_block * Traits::kBlockN, __shfl_sync(~0u, lane, lane % 32));
+        mask_scores<false, typename Traits::TiledMma, TileS>(tSrS, visibility, opaque(row0),
+                                                             n_block * Traits::kBlockN,
+                                                             __shfl_sync(~0u, lane, lane % 32));
       }
       softmax.update(scores, o_rows);
       CUTE_UNROLL
       for (int k = 0; k < kEarly; ++k) {
         exponentials(softmax, scores, k * kStepColumns, (k + 1) * kStepColumns);
+        if constexpr (kLevel == Level::kDropout) {
+          drop(tSrS, in.saved->features, in.saved->site.block * Traits::kBlockM,
+               n_block * Traits::kBlockN, k, lane);
+        }
         round_step(tSrP, tSrS, k);
       }
     };
@@ -128,21 +147,27 @@ struct FwdMainloop {
     int n_block = blocks.end - 1;
     multiply_scores(tSrS, tSrQ, sQ, smem_k, thread);
     end_products();
-    softmax_phase(true_type{}, n_block);
-    if constexpr (Visibility<kMask>::kHasRight) {
-      while (n_block > max_of(blocks.right_begin, first)) {
-        product_phase();
-        softmax_phase(true_type{}, --n_block);
+    if constexpr (kLevel == Level::kPlain) {
+      softmax_phase(true_type{}, n_block);
+      if constexpr (Visibility<kMask>::kHasRight) {
+        while (n_block > max_of(blocks.right_begin, first)) {
+          product_phase();
+          softmax_phase(true_type{}, --n_block);
+        }
       }
-    }
-    while (n_block > left_end) {
-      product_phase();
-      softmax_phase(false_type{}, --n_block);
-    }
-    if constexpr (Visibility<kMask>::kHasLeft) {
       while (n_block > first) {
         product_phase();
-        softmax_phase(true_type{}, --n_block);
+        softmax_phase(false_type{}, --n_block);
+      }
+    } else {
+      while (true) {
+        softmax_phase(in.saved->blocks.needs_mask(n_block), n_block);
+        multiply_values(opaque(thread));
+        if (n_block == in.saved->blocks.first) { return; }
+        stage ^= 1;
+        multiply_scores(tSrS, tSrQ, sQ, smem_k + stage * TileKV::kSize, opaque(thread));
+        end_products();
+        --n_block;
       }
     }
     multiply_values(opaque(thread));
@@ -154,6 +179,12 @@ struct FwdMainloop {
   // A k-step of P V: 16 keys, that is two n8 atoms of S with two columns each per thread; one ldmatrix.x4 per 16 of head_dim.
   static constexpr int kStepColumns = 4, kStepParts = Traits::kHeadDim / 16;
   static constexpr int kEarly = Traits::kEarly;
+  static_assert(kLevel == Level::kPlain || 16 * kEarly == Traits::kBlockN,
+                "weights are dropped before the product");
+
+  CUTE_DEVICE static constexpr int run_time_flag(true_type) { return 1; }
+  CUTE_DEVICE static constexpr int run_time_flag(false_type) { return 0; }
+  CUTE_DEVICE static int run_time_flag(bool flag) { return opaque(int(flag)); }
 
   template <class Softmax_, class TensorS>
   CUTE_DEVICE static void exponentials(Softmax_& softmax, TensorS& scores, int begin, int end) {
@@ -172,6 +203,26 @@ struct FwdMainloop {
     } else {
       gemm_ss<typename Traits::OperandQ, typename Traits::OperandK>(
           mma, tSrS, sQ, TileKV::tensor(stage_k), thread);
+    }
+  }
+
+  // Drops weights of k-step k: 16 keys, in 16 x 16 blocks of which this lane holds eight weights.
+  template <class TensorS>
+  CUTE_DEVICE static void drop(TensorS& tSrS, TileFeatures const& features, int row0, int col0,
+                               int k, int thread) {
+    DropoutBits const bits    = features.dropout;
+    uint32_t const keep_below = features.keep_below;
+    CUTE_UNROLL
+    for (int m = 0; m < size<1>(tSrS); ++m) {
+      int const row16 = (row0 + m * 16 * Traits::kWarps) / 16 + thread / 32;
+      Random4 const r = bits.block(row16, col0 / 16 + k, thread % 32);
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {  // word i: row half i % 2, column half i / 2
+        float& low  = tSrS(i % 2 * 2, m, 2 * k + i / 2);
+        float& high = tSrS(i % 2 * 2 + 1, m, 2 * k + i / 2);
+        low         = keeps_low(r.word[i], keep_below) ? low : 0.f;
+        high        = keeps_high(r.word[i], keep_below) ? high : 0.f;
+      }
     }
   }
 

@@ -9,10 +9,11 @@
 namespace flash::sm80 {
 using namespace cute;
 
-template <int kHeadDim_, class Element_>
+// kGeneral: the kernels with windows, ALiBi, softcap and dropout.
+template <int kHeadDim_, class Element_, bool kGeneral = false>
 struct FwdTraits {
   using Element                  = Element_;
-  static constexpr FwdTile kTile = fwd_tile(kHeadDim_);
+  static constexpr FwdTile kTile = kGeneral ? general_fwd_tile(kHeadDim_) : fwd_tile(kHeadDim_);
   static constexpr int kHeadDim = kHeadDim_, kBlockM = kTile.block_m, kBlockN = kTile.block_n;
   static constexpr int kWarps = kTile.warps, kThreads = kWarps * 32, kStages = 2;
   static constexpr int kMinCtas = kTile.ctas, kEarly = kTile.early;

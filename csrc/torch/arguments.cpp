@@ -1,0 +1,111 @@
+// From the operators' arguments to a Problem.
+#include "torch/arguments.h"
+
+#include <cmath>
+
+#include "torch/checks.h"
+#include "torch/convert.h"
+
+namespace flash {
+namespace {
+
+int window_side(int64_t keys) { return keys < 0 || keys >= kUnlimited ? kUnlimited : int(keys); }
+
+// A side that reaches beyond the longest sequence is no limit: left of the last query lie seqlen_k - 1 keys, right of the first
+// seqlen_q - 1.
+void resolve_mask(Problem& problem, Options const& options) {
+  int left = window_side(options.window_left), right = window_side(options.window_right);
+  if (options.causal) { right = 0; }
+  if (left >= problem.seqlen_k - 1) { left = kUnlimited; }
+  if (right >= problem.seqlen_q - 1) { right = kUnlimited; }
+  problem.window_left = left, problem.window_right = right;
+  problem.mask = left != kUnlimited    ? MaskKind::kLocal
+                 : right == kUnlimited ? MaskKind::kNone
+                 : right == 0          ? MaskKind::kCausal
+                                       : MaskKind::kLocal;
+}
+
+void set_alibi(Problem& problem, at::Tensor const& slopes, at::Tensor const& q) {
+  check_device(slopes, "alibi_slopes", q);
+  TORCH_CHECK(slopes.scalar_type() == at::kFloat, "ALiBi slopes must have dtype fp32; got ",
+              slopes.scalar_type());
+  bool const shared = slopes.sizes() == at::IntArrayRef({problem.heads_q});
+  TORCH_CHECK(shared || slopes.sizes() == at::IntArrayRef({problem.batch, problem.heads_q}),
+              "alibi_slopes: must have shape (heads) = (", problem.heads_q,
+              ") or (batch, heads) = (", problem.batch, ", ", problem.heads_q, "); got ",
+              slopes.sizes());
+  TORCH_CHECK(slopes.stride(-1) == 1,
+              "ALiBi slopes tensor must have contiguous last dimension; got strides ",
+              slopes.strides());
+  problem.alibi_slopes       = slopes.data_ptr<float>();
+  problem.alibi_batch_stride = shared ? 0 : slopes.stride(0);
+}
+
+void set_dropout(Problem& problem, Options const& options, at::Tensor const& q) {
+  double const p = options.dropout_p;
+  TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1): Expected p_dropout < 1; got ", p);
+  constexpr double kChoices = 65536.0;  // 16 bits per weight
+  double const keep_below   = std::nearbyint((1.0 - p) * kChoices);
+  if (p == 0.0 || keep_below >= kChoices) { return; }
+  TORCH_CHECK(options.rng_state, "rng_state: dropout_p = ", p,
+              " needs the seed and offset that the forward pass used; got None");
+  at::Tensor const& state = *options.rng_state;
+  check_device(state, "rng_state", q);
+  TORCH_CHECK(state.scalar_type() == at::kLong && state.sizes() == at::IntArrayRef({2}) &&
+                  state.is_contiguous(),
+              "rng_state: must be int64 of shape (2), contiguous; got ", state.scalar_type(),
+              " of shape ", state.sizes());
+  problem.rng_state  = state.data_ptr<int64_t>();
+  problem.keep_below = unsigned(keep_below);
+  problem.keep_scale = float(1.0 / (1.0 - p));
+}
+
+void set_lengths(Problem& problem, Lengths const& lengths, at::Tensor const& q,
+                 at::Tensor const& k) {
+  int64_t const batch = lengths.batch();
+  check_integers(lengths.cu_seqlens_q, "cu_seqlens_q", q, batch + 1);
+  check_integers(lengths.cu_seqlens_k, "cu_seqlens_k", q, batch + 1);
+  if (lengths.seqused_k) { check_integers(*lengths.seqused_k, "seqused_k", q, batch); }
+  if (lengths.leftpad_k) { check_integers(*lengths.leftpad_k, "leftpad_k", q, batch); }
+  auto const data = [](OptionalTensor const& tensor) {
+    return tensor ? tensor->data_ptr<int>() : nullptr;
+  };
+  problem.cu_seqlens_q = lengths.cu_seqlens_q.data_ptr<int>();
+  problem.cu_seqlens_k = lengths.cu_seqlens_k.data_ptr<int>();
+  problem.seqused_k    = data(lengths.seqused_k);
+  problem.leftpad_k    = data(lengths.leftpad_k);
+  problem.total_q      = int(q.size(0));
+  problem.total_k      = int(k.size(0));
+}
+
+}  // namespace
+
+Problem make_problem(at::Tensor const& q, at::Tensor const& k, Lengths const* lengths,
+                     Options const& options) {
+  TORCH_CHECK(q.size(lengths ? 0 : 1) < kUnlimited && k.size(lengths ? 0 : 1) < kUnlimited,
+              "q and k: at most 2^30 rows; got ", q.sizes(), " and ", k.sizes());
+  Problem problem{};
+  problem.dtype    = q.scalar_type() == at::kHalf ? DType::kFp16 : DType::kBf16;
+  problem.batch    = int(lengths ? lengths->batch() : q.size(0));
+  problem.heads_q  = int(q.size(-2));
+  problem.heads_kv = int(k.size(-2));
+  problem.head_dim = int(q.size(-1));
+  problem.seqlen_q = int(lengths ? lengths->max_seqlen_q : q.size(1));
+  problem.seqlen_k = int(lengths ? lengths->max_seqlen_k : k.size(1));
+  problem.scale    = float(std::abs(options.softmax_scale));
+  TORCH_CHECK(options.softcap >= 0.0, "softcap must be 0 (off) or positive; got ", options.softcap);
+  problem.softcap = float(options.softcap);
+  if (lengths) {
+    set_lengths(problem, *lengths, q, k);
+    problem.lse_head_stride = q.size(0);
+  } else {
+    problem.lse_head_stride  = problem.seqlen_q;
+    problem.lse_batch_stride = int64_t(problem.heads_q) * problem.seqlen_q;
+  }
+  resolve_mask(problem, options);
+  if (options.alibi_slopes) { set_alibi(problem, *options.alibi_slopes, q); }
+  set_dropout(problem, options, q);
+  return problem;
+}
+
+}  // namespace flash

@@ -1,0 +1,37 @@
+#pragma once
+// The operators' argument groups, in the order of the schemas (flash_attn/_ops.py).
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "flash.h"
+
+namespace flash {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// What happens between Q K^T and the product with V.
+struct Options {
+  double softmax_scale;
+  bool causal;
+  int64_t window_left, window_right;  // negative: no limit
+  double softcap;
+  OptionalTensor const& alibi_slopes;
+  double dropout_p;
+  OptionalTensor const& rng_state;
+};
+
+// Sequences of different lengths in one tensor.
+struct Lengths {
+  at::Tensor const &cu_seqlens_q, &cu_seqlens_k;
+  OptionalTensor const &seqused_k, &leftpad_k;
+  int64_t max_seqlen_q, max_seqlen_k;
+
+  int64_t batch() const { return cu_seqlens_q.numel() - 1; }
+};
+
+// Fills what both passes need.  lengths: null for tensors with a batch dimension.  Checks what only this problem can say.
+Problem make_problem(at::Tensor const& q, at::Tensor const& k, Lengths const* lengths,
+                     Options const& options);
+
+}  // namespace flash
