@@ -1,16 +1,24 @@
 """Checks of the public functions' arguments: errors name the argument, what it got and wants.
 
-Used by ``flash_attn_interface`` before anything is launched, alike on every device.  Errors are
-RuntimeError, as users of the CUDA package know them.  Only comparisons of sizes and attributes:
-cheap, and traceable by torch.compile.
+Used by ``flash_attn_interface`` and ``_compat`` before anything is launched, alike on every device.
+Errors are RuntimeError, as users of the CUDA package know them.  Only comparisons of sizes and
+attributes: cheap, and traceable by torch.compile.
+
+``check_lengths`` alone reads tensors: the operators call it on the CPU; on CUDA, where it waits for
+the device, it is called if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.
 """
 
+import math
 import operator
+import os
 
 import torch
 from torch import Tensor
 
+from flash_attn._arguments import Lengths
+
 MAX_HEAD_DIM = 256
+PAGE_SIZE_MULTIPLE = 16
 
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -32,14 +40,19 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"v must have the same shape as k; got v = {_text(v_shape)}, k = {_text(k_shape)}"
         )
 
-    batch, _, heads_q, head_dim = q_shape
-    batch_k, _, heads_k, head_dim_k = k_shape
-    if batch == 0:
+    if q_shape[0] == 0:
         raise RuntimeError(f"q: batch size must be positive; got q = {_text(q_shape)}")
-    if batch_k != batch:
+    if k_shape[0] != q_shape[0]:
         raise RuntimeError(
             f"k: batch must equal q's; got k = {_text(k_shape)}, q = {_text(q_shape)}"
         )
+    check_heads(q_shape, k_shape)
+    check_dtype_and_device(q, k, v)
+
+
+def check_heads(q_shape: torch.Size, k_shape: torch.Size) -> None:
+    """q (..., heads_q, head_dim) and k (..., heads_k, head_dim)."""
+    heads_q, heads_k, head_dim, head_dim_k = q_shape[-2], k_shape[-2], q_shape[-1], k_shape[-1]
     if head_dim_k != head_dim:
         raise RuntimeError(
             f"k: head_dim must equal q's; got k = {_text(k_shape)}, q = {_text(q_shape)}"
@@ -54,7 +67,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             "k: Number of heads in key/value must divide number of heads in query, and be positive;"
             f" got heads_k = {heads_k}, heads_q = {heads_q}"
         )
-    check_dtype_and_device(q, k, v)
 
 
 def check_dtype_and_device(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -82,59 +94,228 @@ def check_dtype_and_device(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise RuntimeError(f"v must be on the same device as q; got v on {v.device}, q on {device}")
 
 
+def check_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> None:
+    """q (total_q, heads_q, head_dim), k and v (total_k, heads_k, head_dim) or, with a block_table,
+    (num_blocks, page_size, heads_k, head_dim)."""
+    table = lengths.block_table
+    if len(q.shape) != 3:
+        raise RuntimeError(f"q must have shape (total_q, heads_q, head_dim); got {_text(q.shape)}")
+    if len(k.shape) != (3 if table is None else 4):
+        layout = "(total_k, heads_k, head_dim), or with block_table (num_blocks, page_size, ...)"
+        raise RuntimeError(f"k must have shape {layout}; got {_text(k.shape)}")
+    if v.shape != k.shape:
+        raise RuntimeError(
+            f"v must have the same shape as k; got v = {_text(v.shape)}, k = {_text(k.shape)}"
+        )
+    check_heads(q.shape, k.shape)
+    check_dtype_and_device(q, k, v)
+
+    batch = lengths.cu_seqlens_q.numel() - 1
+    if batch < 1:
+        raise RuntimeError(
+            "cu_seqlens_q must have shape (batch_size + 1), and batch size must be positive; got"
+            f" {_text(lengths.cu_seqlens_q.shape)}"
+        )
+    _check_integers("cu_seqlens_q", lengths.cu_seqlens_q, q, (batch + 1,), "batch_size + 1")
+    _check_integers("cu_seqlens_k", lengths.cu_seqlens_k, q, (batch + 1,), "batch_size + 1")
+    if lengths.seqused_k is not None:
+        _check_integers("seqused_k", lengths.seqused_k, q, (batch,), "batch_size")
+    if lengths.leftpad_k is not None:
+        _check_integers("leftpad_k", lengths.leftpad_k, q, (batch,), "batch_size")
+    if table is not None:
+        _check_integers(
+            "block_table", table, q, (batch, *table.shape[1:2]), "batch_size, max_blocks"
+        )
+        if k.shape[1] == 0 or k.shape[1] % PAGE_SIZE_MULTIPLE != 0:
+            raise RuntimeError(
+                "k: Paged KV cache block size must be divisible by"
+                f" {PAGE_SIZE_MULTIPLE}; got page_size = {k.shape[1]} in k = {_text(k.shape)}"
+            )
+
+
+def _check_integers(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if x.dtype != torch.int32:
+        raise RuntimeError(f"{name} must have dtype int32 (torch.int32); got {x.dtype}")
+    if x.device != q.device:
+        raise RuntimeError(
+            f"{name} must be on CUDA if q is, on q's device; got {name} on {x.device}, q on"
+            f" {q.device}"
+        )
+    if len(x.shape) != len(shape) or x.shape != shape:
+        raise RuntimeError(f"{name} must have shape ({meaning}) = {shape}; got {_text(x.shape)}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise RuntimeError(f"{name} must be contiguous; got strides {x.stride()}")
+
+
+def check_lengths_on_demand(q: Tensor, k: Tensor, lengths: Lengths) -> None:
+    """``check_lengths`` for CUDA tensors, where the environment asks for it."""
+    if torch.compiler.is_compiling() or not q.is_cuda:
+        return
+    if os.environ.get("FLASH_ATTN_CHECK_DEVICE_DATA", "0") not in ("", "0"):
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        if not isinstance(q, FakeTensor):  # which holds no data
+            check_lengths(q, k, lengths)
+
+
+def check_lengths(q: Tensor, k: Tensor, lengths: Lengths) -> None:
+    """What the tensors of lengths hold: sequences within q and k, pages that exist, maxima."""
+    _check_cu_seqlens("cu_seqlens_q", lengths.cu_seqlens_q, "q", q.shape[0])
+    table, rows_k = lengths.block_table, None if lengths.block_table is not None else k.shape[0]
+    _check_cu_seqlens("cu_seqlens_k", lengths.cu_seqlens_k, "k", rows_k)
+    _check_maximum("max_seqlen_q", lengths.max_seqlen_q, lengths.cu_seqlens_q.diff())
+
+    used = lengths.cu_seqlens_k.diff()
+    if table is not None:
+        capacity = torch.full_like(used, table.shape[1] * k.shape[1])
+        if lengths.seqused_k is None:
+            _check_each("cu_seqlens_k: length of sequence", used, 0, capacity, "block_table holds")
+    else:
+        capacity = used
+    if lengths.seqused_k is not None:
+        used = lengths.seqused_k
+        _check_each("seqused_k", used, 0, capacity, "the sequence has")
+    if lengths.leftpad_k is not None:
+        _check_each("leftpad_k", lengths.leftpad_k, 0, used, "the sequence has")
+    _check_maximum("max_seqlen_k", lengths.max_seqlen_k, lengths.seqlens_k)
+    if table is not None:
+        slots = torch.arange(table.shape[1], device=table.device) * k.shape[1]
+        is_used = slots < used[:, None]
+        if lengths.leftpad_k is not None:
+            is_used &= slots + k.shape[1] > lengths.leftpad_k[:, None]
+        wrong = is_used & ((table < 0) | (table >= k.shape[0]))
+        if wrong.any():
+            sequence, slot = wrong.nonzero()[0].tolist()
+            raise RuntimeError(
+                f"block_table[{sequence}, {slot}] must be a block of k, 0 to {k.shape[0] - 1}; got"
+                f" {table[sequence, slot].item()}"
+            )
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, of: str, rows: int | None) -> None:
+    if cu_seqlens[0] != 0:
+        raise RuntimeError(f"{name} must start at 0; got {name}[0] = {cu_seqlens[0].item()}")
+    lengths = cu_seqlens.diff()
+    if (lengths < 0).any():
+        index = int((lengths < 0).nonzero()[0])
+        before, after = cu_seqlens[index : index + 2].tolist()
+        raise RuntimeError(
+            f"{name} must not decrease; got {name}[{index}] = {before}, then {after}"
+        )
+    if rows is not None and cu_seqlens[-1] > rows:
+        raise RuntimeError(
+            f"{name} must end within {of}, which has {rows} rows; got {name}[-1] ="
+            f" {cu_seqlens[-1].item()}"
+        )
+
+
+def _check_maximum(name: str, maximum: int, lengths: Tensor) -> None:
+    longest = int(lengths.max())
+    if maximum < longest:
+        raise RuntimeError(
+            f"{name} must be at least the longest sequence, {longest}; got {maximum}"
+        )
+
+
+def _check_each(name: str, x: Tensor, least: int, most: Tensor, limit: str) -> None:
+    wrong = (x < least) | (x > most)
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        raise RuntimeError(
+            f"{name}[{index}] must be from {least} to {most[index].item()}, the keys that {limit};"
+            f" got {x[index].item()}"
+        )
+
+
 def check_packed(name: str, x: Tensor, count: int, layout: str) -> None:
-    """x (batch, seqlen, count, heads, head_dim)."""
-    if len(x.shape) != 5 or x.shape[2] != count:
+    """x (..., count, heads, head_dim), with as many dimensions as layout says."""
+    if len(x.shape) != layout.count(",") + 1 or x.shape[-3] != count:
         raise RuntimeError(f"{name} must have shape {layout}; got {_text(x.shape)}")
 
 
-def resolve_options(
+def check_gradient(name: str, gradient: Tensor, x: Tensor) -> None:
+    """A tensor for the gradient of x to be written to."""
+    got = gradient.dtype, gradient.device, gradient.shape
+    if got != (x.dtype, x.device, x.shape):
+        raise RuntimeError(
+            f"{name} must have the dtype, device and shape of {name[1:]}: {x.dtype}, {x.device},"
+            f" {_text(x.shape)}; got {gradient.dtype}, {gradient.device}, {_text(gradient.shape)}"
+        )
+    if gradient.shape[-1] > 1 and gradient.stride(-1) != 1:
+        raise RuntimeError(
+            f"{name} must have a contiguous last dimension; got strides {gradient.stride()}"
+        )
+
+
+def check_options(
+    q: Tensor,
+    batch: int,
     dropout_p: float,
+    softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
     softcap: float,
     alibi_slopes: Tensor | None,
-    seqlen_q: int,
-    seqlen_k: int,
-) -> bool:
-    """Whether the mask is causal; NotImplementedError for an option that a later release brings."""
-    if dropout_p != 0.0:
-        if not 0.0 <= dropout_p < 1.0:
-            raise RuntimeError(
-                f"dropout_p must be in [0, 1): Expected p_dropout < 1; got {dropout_p}"
-            )
-        raise NotImplementedError(_planned("dropout_p > 0", dropout_p))
-    if softcap != 0.0:
-        if not softcap > 0.0:
-            raise RuntimeError(f"softcap must be 0 (off) or positive; got {softcap}")
-        raise NotImplementedError(_planned("softcap > 0", softcap))
+) -> tuple[float, bool, int, int, float]:
+    """(softmax_scale, causal, window_left, window_right, softcap) as the operators take them.
+
+    q: any tensor (..., heads_q, head_dim).
+    """
+    if not 0.0 <= dropout_p < 1.0:
+        raise RuntimeError(f"dropout_p must be in [0, 1): Expected p_dropout < 1; got {dropout_p}")
+    if not 0.0 <= softcap < math.inf:
+        raise RuntimeError(f"softcap must be 0 (off) or positive and finite; got {softcap}")
     if alibi_slopes is not None:
-        raise NotImplementedError(_planned("alibi_slopes", "a tensor"))
+        check_alibi_slopes(alibi_slopes, q, batch)
     if len(window_size) != 2:
         raise RuntimeError(f"window_size must be (left, right); got {window_size}")
-    if window_size[0] == -1 and window_size[1] == -1:
-        return bool(causal)
-    return _resolve_window(causal, window_size, seqlen_q, seqlen_k)
+    left, right = window_size
+    if type(left) is not int or type(right) is not int:
+        left, right = resolve_integer("window_size", left), resolve_integer("window_size", right)
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    return softmax_scale, bool(causal), left, right, softcap
 
 
-def _resolve_window(
-    causal: bool, window_size: tuple[int, int], seqlen_q: int, seqlen_k: int
-) -> bool:
-    left, right = operator.index(window_size[0]), operator.index(window_size[1])
-    # Query i sees keys i + seqlen_k - seqlen_q - left .. i + seqlen_k - seqlen_q + right; negative
-    # means unlimited.
-    left_is_unlimited = left < 0 or left >= seqlen_k - 1
-    right_is_unlimited = not causal and (right < 0 or right >= seqlen_q - 1)
-    right_is_causal = causal or right == 0
-    if left_is_unlimited and right_is_unlimited:
-        return False
-    if left_is_unlimited and right_is_causal:
-        return True
-    raise NotImplementedError(_planned("window_size (sliding window)", (left, right)))
+def check_alibi_slopes(alibi_slopes: Tensor, q: Tensor, batch: int) -> None:
+    """alibi_slopes (heads_q,) or (batch, heads_q)."""
+    heads_q = q.shape[-2]
+    if alibi_slopes.dtype != torch.float32:
+        raise RuntimeError(
+            f"alibi_slopes: ALiBi slopes must have dtype fp32; got {alibi_slopes.dtype}"
+        )
+    if alibi_slopes.device != q.device:
+        raise RuntimeError(
+            "alibi_slopes must be on the same device as q; got alibi_slopes on"
+            f" {alibi_slopes.device}, q on {q.device}"
+        )
+    shape = alibi_slopes.shape
+    if len(shape) not in (1, 2) or shape not in ((heads_q,), (batch, heads_q)):
+        raise RuntimeError(
+            f"alibi_slopes must have shape (heads_q,) = ({heads_q},) or (batch, heads_q) ="
+            f" ({batch}, {heads_q}); got {_text(shape)}"
+        )
+    if alibi_slopes.stride(-1) != 1 and heads_q > 1:
+        raise RuntimeError(
+            "alibi_slopes: ALiBi slopes tensor must have contiguous last dimension; got strides"
+            f" {alibi_slopes.stride()}"
+        )
 
 
-def _planned(argument: str, value: object) -> str:
-    return f"{argument} is planned for a later release (the complete training API); got {value}"
+def resolve_integer(name: str, x: int | Tensor) -> int:
+    """x, which may be a 0-dim tensor (on CUDA this waits for the device) or a numpy integer."""
+    if isinstance(x, (int, torch.SymInt)):
+        return x
+    if isinstance(x, Tensor):
+        if x.numel() != 1 or x.is_floating_point() or x.is_complex():
+            raise RuntimeError(
+                f"{name} must be an integer; got a {x.dtype} {_text(x.shape)} tensor"
+            )
+        return x.item()
+    try:
+        return operator.index(x)
+    except TypeError:
+        raise RuntimeError(f"{name} must be an integer; got {x!r}") from None
 
 
 def _text(shape: torch.Size) -> str:

@@ -1,47 +1,179 @@
 """The operators: schemas, shape functions, and who implements them on which device.
 
-Used by ``_autograd``.  The CPU implementation is ``_reference``; the CUDA implementation comes with
-the compiled extension ``flash_attn_2_cuda``, which registers itself when it is imported.  Without
-it everything but a call on CUDA tensors works.
+Used by ``_autograd`` and ``_compat``.  The CPU implementation is ``_reference`` and
+``_reference_varlen``; the CUDA implementation comes with the compiled extension
+``flash_attn_2_cuda``, which registers itself when it is imported.  Without it everything but a call
+on CUDA tensors works.
 """
 
 import torch
 from torch import Tensor
 
-from flash_attn import _reference
+from flash_attn import _reference, _reference_varlen
+from flash_attn._arguments import Lengths, Options
+from flash_attn._checks import check_lengths
+from flash_attn._scores import compute_dtype
 
-__all__ = ["bwd", "extension", "fwd"]
+__all__ = [
+    "attn_probs",
+    "bwd",
+    "bwd_into",
+    "draw_rng_state",
+    "extension",
+    "fwd",
+    "varlen_bwd",
+    "varlen_bwd_into",
+    "varlen_fwd",
+]
 
-# q, dout, out: (batch, seqlen_q, heads_q, head_dim).  k, v: (batch, seqlen_k, heads_k, head_dim).
-# softmax_lse and its gradient dlse: (batch, heads_q, seqlen_q), natural logarithm, +inf for a row
-# that sees no key; fp32, and fp64 for fp64 inputs.
-# Causal: query i sees key j if j <= i + seqlen_k - seqlen_q.
-# Inputs may have any strides with a contiguous last dimension; outputs are contiguous.
-torch.library.define(
-    "flash_attn::fwd",
-    "(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal)"
-    " -> (Tensor out, Tensor softmax_lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+# Shapes.  Dense: q, dout, out (batch, seqlen_q, heads_q, head_dim); k, v (batch, seqlen_k, heads_k,
+# head_dim); softmax_lse and its gradient dlse (batch, heads_q, seqlen_q).  varlen: q, dout, out
+# (total_q, heads_q, head_dim); k, v (total_k, heads_k, head_dim), or paged (num_blocks, page_size,
+# heads_k, head_dim) with block_table (batch, max_blocks); softmax_lse, dlse (heads_q, total_q);
+# cu_seqlens (batch + 1,), seqused_k, leftpad_k (batch,).  Integers are int32.  softmax_lse is a natural
+# logarithm, +inf for a row that sees no key; fp32, and fp64 for fp64 inputs.
+#
+# Options.  shift = seqlen_k - seqlen_q of a sequence; query i sees key j if
+# i + shift - window_left <= j <= i + shift + window_right; a negative number is no limit, and causal
+# makes window_right 0.  Scores are s = softmax_scale * q.k; softcap > 0: softcap * tanh(s / softcap);
+# alibi_slopes (heads_q,) or (batch, heads_q), fp32: s - slope * |i + shift - j|.  dropout_p > 0 drops
+# weights (not from softmax_lse) by rng_state, int64 (2,): ``_philox`` says which.
+#
+# Keys.  seqused_k: how many of a sequence's rows of k count; leftpad_k: how many of these are skipped;
+# seqlen_k is what remains.
+#
+# S_dmask of attn_probs (batch, heads_q, max_seqlen_q, max_seqlen_k), both rounded up to S_DMASK_ROUND:
+# exp(s - its row's maximum), the sign bit set where dropped, 0 where a query sees no key.
+#
+# Inputs may have any strides with a contiguous last dimension, and so may the dq, dk and dv that bwd_into
+# and varlen_bwd_into fill; outputs are contiguous.
+_OPTIONS = (
+    "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap,"
+    " Tensor? alibi_slopes, float dropout_p, Tensor? rng_state"
 )
-torch.library.define(
-    "flash_attn::bwd",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse,"
-    " float softmax_scale, bool causal, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+_GRADIENTS_OF = (
+    "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse,"
 )
+_GRADIENTS = "Tensor dq, Tensor dk, Tensor dv"
+_GRADIENTS_INTO = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
+
+S_DMASK_ROUND = 128
+
+
+def _define(name: str, schema: str, *tags: torch.Tag) -> None:
+    tags = (torch.Tag.pt2_compliant_tag, *tags)
+    torch.library.define(f"flash_attn::{name}", schema, tags=tags)
+
+
+_define("fwd", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor softmax_lse)")
+_define("bwd", f"({_GRADIENTS_OF} {_OPTIONS}, bool deterministic) -> ({_GRADIENTS})")
+_define("bwd_into", f"({_GRADIENTS_OF} {_OPTIONS}, bool deterministic, {_GRADIENTS_INTO}) -> ()")
+_define(
+    "varlen_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k,"
+    " Tensor? leftpad_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+    f" {_OPTIONS}) -> (Tensor out, Tensor softmax_lse)",
+)
+_define(
+    "varlen_bwd",
+    f"({_GRADIENTS_OF} {_LENGTHS} {_OPTIONS}, bool deterministic) -> ({_GRADIENTS})",
+)
+_define(
+    "varlen_bwd_into",
+    f"({_GRADIENTS_OF} {_LENGTHS} {_OPTIONS}, bool deterministic, {_GRADIENTS_INTO}) -> ()",
+)
+# The seed and offset of torch's generator of like's device, which advances by increment (on the CPU
+# by two numbers).
+_define(
+    "draw_rng_state",
+    "(Tensor like, SymInt increment) -> Tensor",
+    torch.Tag.nondeterministic_seeded,
+)
+_define(
+    "attn_probs",
+    "(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q,"
+    " SymInt max_seqlen_k, float softmax_scale, bool causal, SymInt window_left,"
+    " SymInt window_right, float softcap, Tensor? alibi_slopes, float dropout_p, Tensor rng_state)"
+    " -> Tensor",
+)
+
+# What the operators return, for FakeTensor, torch.compile and the meta device.
 
 
 @torch.library.register_fake("flash_attn::fwd")
-def _fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+def fwd_shapes(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
     batch, seqlen_q, heads_q, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((batch, heads_q, seqlen_q), dtype=lse_dtype)
+    lse_shape = batch, heads_q, seqlen_q
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=compute_dtype(q))
+
+
+@torch.library.register_fake("flash_attn::varlen_fwd")
+def varlen_fwd_shapes(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    total_q, heads_q, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((heads_q, total_q), dtype=compute_dtype(q))
 
 
 @torch.library.register_fake("flash_attn::bwd")
-def _bwd_fake(
+@torch.library.register_fake("flash_attn::varlen_bwd")
+def _bwd_shapes(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("flash_attn::bwd_into")
+@torch.library.register_fake("flash_attn::varlen_bwd_into")
+def _bwd_into_shapes(*arguments: object) -> None:
+    return None
+
+
+@torch.library.register_fake("flash_attn::draw_rng_state")
+def draw_rng_state_shapes(like: Tensor, increment: int) -> Tensor:
+    return like.new_empty(2, dtype=torch.int64)
+
+
+@torch.library.register_fake("flash_attn::attn_probs")
+def attn_probs_shapes(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: object,
+) -> Tensor:
+    return q.new_empty(_probs_shape(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k))
+
+
+def _probs_shape(
+    q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int, max_seqlen_k: int
+) -> tuple[int, int, int, int]:
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    rows, cols = (-(-n // S_DMASK_ROUND) * S_DMASK_ROUND for n in (max_seqlen_q, max_seqlen_k))
+    return batch, q.shape[-2], rows, cols
+
+
+# The CPU.  Arguments come in the order of the schemas.
+
+
+def _fwd(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
+    return _reference.attention_forward(q, k, v, Options(*options))
+
+
+def _bwd(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors_and_options, _deterministic = arguments  # it always is
+    tensors, options = tensors_and_options[:7], tensors_and_options[7:]
+    return _reference.attention_backward(*tensors, Options(*options))
+
+
+def _varlen_fwd(q: Tensor, k: Tensor, v: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    lengths, options = Lengths(*arguments[:7]), Options(*arguments[7:])
+    check_lengths(q, k, lengths)
+    return _reference_varlen.varlen_forward(q, k, v, lengths, options)
+
+
+def _varlen_bwd(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -49,15 +181,67 @@ def _bwd_fake(
     out: Tensor,
     softmax_lse: Tensor,
     dlse: Tensor | None,
-    softmax_scale: float,
-    causal: bool,
-    deterministic: bool,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options_and_deterministic: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    options = Options(*options_and_deterministic[:-1])
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k)
+    check_lengths(q, k, lengths)
+    return _reference_varlen.varlen_backward(
+        dout, q, k, v, out, softmax_lse, dlse, lengths, options
+    )
 
 
-torch.library.impl("flash_attn::fwd", "CPU", _reference.attention_forward)
-torch.library.impl("flash_attn::bwd", "CPU", _reference.attention_backward)
+def _bwd_into(*arguments: object) -> None:
+    *inputs, dq, dk, dv = arguments
+    for gradient, value in zip((dq, dk, dv), _bwd(*inputs)):
+        gradient.copy_(value)
+
+
+def _varlen_bwd_into(*arguments: object) -> None:
+    *inputs, dq, dk, dv = arguments
+    for gradient, value in zip((dq, dk, dv), _varlen_bwd(*inputs)):
+        gradient.copy_(value)
+
+
+def _draw_rng_state(like: Tensor, increment: int) -> Tensor:
+    return torch.empty(2, dtype=torch.int64).random_()
+
+
+def _attn_probs(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: object,
+) -> Tensor:
+    probs = q.new_zeros(_probs_shape(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k))
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        _reference.write_probabilities(q, k, Options(*options), probs)
+    else:
+        lengths = Lengths(cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k)
+        check_lengths(q, k, lengths)
+        _reference_varlen.varlen_probabilities(q, k, lengths, Options(*options), probs)
+    return probs
+
+
+_ON_CPU = {
+    "fwd": _fwd,
+    "bwd": _bwd,
+    "bwd_into": _bwd_into,
+    "varlen_fwd": _varlen_fwd,
+    "varlen_bwd": _varlen_bwd,
+    "varlen_bwd_into": _varlen_bwd_into,
+    "draw_rng_state": _draw_rng_state,
+    "attn_probs": _attn_probs,
+}
+for _name, _function in _ON_CPU.items():
+    torch.library.impl(f"flash_attn::{_name}", "CPU", _function)
 
 try:
     import flash_attn_2_cuda as extension
@@ -73,8 +257,14 @@ except ImportError as error:
     def _raise_not_built(*args: object, **kwargs: object) -> None:
         raise RuntimeError(_not_built)
 
-    torch.library.impl("flash_attn::fwd", "CUDA", _raise_not_built)
-    torch.library.impl("flash_attn::bwd", "CUDA", _raise_not_built)
+    for _name in _ON_CPU:
+        torch.library.impl(f"flash_attn::{_name}", "CUDA", _raise_not_built)
 
 fwd = torch.ops.flash_attn.fwd.default
 bwd = torch.ops.flash_attn.bwd.default
+bwd_into = torch.ops.flash_attn.bwd_into.default
+varlen_fwd = torch.ops.flash_attn.varlen_fwd.default
+varlen_bwd = torch.ops.flash_attn.varlen_bwd.default
+varlen_bwd_into = torch.ops.flash_attn.varlen_bwd_into.default
+draw_rng_state = torch.ops.flash_attn.draw_rng_state.default
+attn_probs = torch.ops.flash_attn.attn_probs.default

@@ -1,62 +1,69 @@
 """Exact attention in torch operations, with memory linear in the sequence length, for the CPU.
 
-Used by ``_ops``, which registers both functions as operators; it knows nothing of autograd or of
-the public arguments.
+Used by ``_ops``, which registers these functions as operators, and by ``_reference_varlen``; it
+knows nothing of autograd or of the public arguments.
 
-For every query i, with S = softmax_scale * Q K^T and P = softmax(S) along the keys that i sees,
+For every query i, with scores S = softmax_scale * Q K^T (capped, biased: ``_scores``), P = softmax(S)
+along the keys that i sees, and dropout weights D_ij = 1 / (1 - p) where kept, else 0,
 
-    out_i = sum_j P_ij v_j          lse_i = log sum_j exp(S_ij)
+    out_i = sum_j D_ij P_ij v_j          lse_i = log sum_j exp(S_ij)
 
-S and P are never held as a whole: both passes walk over tiles of BLOCK_M queries by BLOCK_N keys.
-The forward pass carries the running maximum and sum of each row; the backward pass gets P back from
-lse.  16-bit inputs are computed in fp32.  Where torch's own CPU flash attention means the same, it
-does the work.
+S and P are never held as a whole: both passes walk over tiles of queries by keys that see each
+other.  The forward pass carries the running maximum and sum of each row; the backward pass gets P
+back from lse.  16-bit inputs are computed in fp32.  Where torch's own CPU flash attention means the
+same, it does the work.
+
+Tensors: q, out and their gradients (batch, seqlen_q, heads_q, head_dim); k, v and theirs (batch,
+seqlen_k, heads_k, head_dim), heads_q a multiple of heads_k; lse (batch, heads_q, seqlen_q), a natural
+logarithm.  A row that sees no key has out 0 and lse +inf, and passes no gradient.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Large enough that a tile's matrix products outweigh the cost of calling torch, small enough that a
-# tile of a few heads stays in the cache.
-BLOCK_M = 256
-BLOCK_N = 512
+from flash_attn._arguments import Options
+from flash_attn._scores import BLOCK_M, BLOCK_N, Scores, blocks, compute_dtype
+
+# Tiles of several heads are worked on together, up to so many scores.
+PART_SCORES = 4 * BLOCK_M * BLOCK_N
 
 
 @torch.no_grad()
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, options: Options, sequences: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out (batch, seqlen_q, heads_q, head_dim) and lse (batch, heads_q, seqlen_q).
+    """out and lse.
 
-    q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_k, heads_k, head_dim), heads_q a
-    multiple of heads_k.
-    Causal: query i sees key j if j <= i + seqlen_k - seqlen_q.
-    lse is a natural logarithm.  A row that sees no key has out 0 and lse +inf.
+    sequences: (batch,), the numbers of the batch entries among all sequences, for slopes and
+    dropout; None: 0, 1, ...
     """
-    causal = causal and q.shape[1] != 1  # a single query sees every key
-    if _torch_kernel_agrees(causal, q, k, v):
-        return _torch_forward(q, k, v, softmax_scale, causal)
-    seqlen_q, seqlen_k, heads_k = q.shape[1], k.shape[1], k.shape[2]
-    diagonal = seqlen_k - seqlen_q if causal else None
+    scores = Scores.of(q, k, options, sequences)
+    if _torch_kernel_agrees(scores, q, k, v):
+        return _torch_forward(q, k, v, scores)
+    heads_k = k.shape[2]
     qs, ks, vs = (_by_key_head(x, heads_k) for x in (q, k, v))
     outs = qs.new_empty(qs.shape)  # (batch * heads_k, group, seqlen_q, head_dim)
     lses = qs.new_empty(qs.shape[:-1])
+    for part in _parts(qs, ks):
+        _forward_part(*(x[part] for x in (qs, ks, vs, outs, lses)), scores.part(part))
+    return _like(outs, q), _own(lses.view(q.shape[0], q.shape[2], q.shape[1]))
 
-    for m in range(0, seqlen_q, BLOCK_M):
-        rows = slice(m, min(m + BLOCK_M, seqlen_q))
-        q_tile = _tile(qs, rows) * softmax_scale  # (batch * heads_k, group * rows, head_dim)
+
+def _forward_part(
+    qs: Tensor, ks: Tensor, vs: Tensor, outs: Tensor, lses: Tensor, scores: Scores
+) -> None:
+    """Fills outs (n, group, seqlen_q, head_dim) and lses (n, group, seqlen_q)."""
+    for rows in _query_blocks(qs):
+        q_tile = _tile(qs, rows) * scores.softmax_scale  # (n, group * rows, head_dim)
         out_tile = torch.zeros_like(q_tile)
         row_max = q_tile.new_full((*q_tile.shape[:-1], 1), -math.inf)
         row_sum = torch.zeros_like(row_max)
 
-        for n in range(0, _key_end(rows, diagonal, seqlen_k), BLOCK_N):
-            cols = slice(n, min(n + BLOCK_N, seqlen_k))
-            hidden = _hidden(rows, cols, diagonal, qs)
-            s = q_tile @ _tile(ks, cols).mT
-            if hidden is not None:
-                s.masked_fill_(hidden, -math.inf)
+        for cols in blocks(scores.see.keys(rows), BLOCK_N):
+            s, hidden, _ = scores.tile(q_tile, _tile(ks, cols), rows, cols)
 
             # The sums so far are relative to the old maximum: rescale brings them to the new one.
             new_max = torch.maximum(row_max, s.amax(-1, keepdim=True))
@@ -66,15 +73,16 @@ def attention_forward(
 
             p = s.sub_(new_max_or_0).exp_()
             row_sum.mul_(rescale).add_(p.sum(-1, keepdim=True))
+            keep = scores.keep(rows, cols)
+            if keep is not None:
+                p.mul_(keep)
             out_tile.mul_(rescale).add_(_matmul(p, _tile(vs, cols), hidden))
 
         sees_none = row_sum == 0
-        out_tile /= row_sum.masked_fill(sees_none, 1)
+        out_tile *= scores.dropout_scale / row_sum.masked_fill(sees_none, 1)
         lse_tile = (row_max + row_sum.log()).masked_fill_(sees_none, math.inf)
         outs[:, :, rows] = out_tile.view_as(outs[:, :, rows])
         lses[:, :, rows] = lse_tile.view_as(lses[:, :, rows])
-
-    return _like(outs, q), _own(lses.view(q.shape[0], q.shape[2], seqlen_q))
 
 
 @torch.no_grad()
@@ -86,21 +94,18 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
-    softmax_scale: float,
-    causal: bool,
-    deterministic: bool,
+    options: Options,
+    sequences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, given the gradients dout of out and dlse of lse (None where it is not used).
 
-    With dP = dO V^T, the gradient of S is dS = P * (dP - delta), where
-    delta = rowsum(dO * O) - dlse.
-    Every sum has a fixed order: the result is the same for either value of ``deterministic``.
+    With dP = D * dO V^T, the gradient of S is dS = P * (dP - delta), where
+    delta = rowsum(dO * O) - dlse, and dV = (D * P)^T dO.  Every sum has a fixed order.
     """
-    causal = causal and q.shape[1] != 1
-    if dlse is None and _torch_kernel_agrees(causal, q, k, v, dout):
-        return _torch_backward(dout, q, k, v, out, lse, softmax_scale, causal)
-    seqlen_q, seqlen_k, heads_k = q.shape[1], k.shape[1], k.shape[2]
-    diagonal = seqlen_k - seqlen_q if causal else None
+    scores = Scores.of(q, k, options, sequences)
+    if dlse is None and _torch_kernel_agrees(scores, q, k, v, dout):
+        return _torch_backward(dout, q, k, v, out, lse, scores)
+    heads_k = k.shape[2]
     qs, ks, vs, outs, douts = (_by_key_head(x, heads_k) for x in (q, k, v, out, dout))
     dqs, dks, dvs = qs.new_zeros(qs.shape), ks.new_empty(ks.shape), vs.new_empty(vs.shape)
 
@@ -108,19 +113,45 @@ def attention_backward(
     deltas = (douts * outs).sum(-1, keepdim=True)
     if dlse is not None:
         deltas -= dlse.reshape(deltas.shape)
+    douts = douts * scores.dropout_scale  # D = keep / (1 - p) comes only with dO
 
-    for n in range(0, seqlen_k, BLOCK_N):
-        cols = slice(n, min(n + BLOCK_N, seqlen_k))
-        k_tile, v_tile = _tile(ks, cols), _tile(vs, cols)  # (batch * heads_k, cols, head_dim)
+    for part in _parts(qs, ks):
+        tensors = (douts, qs, ks, vs, lses, deltas, dqs, dks, dvs)
+        _backward_part(*(x[part] for x in tensors), scores.part(part))
+    return _like(dqs, q), _like(dks, k), _like(dvs, v)
+
+
+def _backward_part(
+    douts: Tensor,
+    qs: Tensor,
+    ks: Tensor,
+    vs: Tensor,
+    lses: Tensor,
+    deltas: Tensor,
+    dqs: Tensor,
+    dks: Tensor,
+    dvs: Tensor,
+    scores: Scores,
+) -> None:
+    """Adds to dqs (n, group, seqlen_q, head_dim); fills dks and dvs (n, 1, seqlen_k, head_dim)."""
+    for cols in blocks(slice(0, ks.shape[2]), BLOCK_N):
+        k_tile, v_tile = _tile(ks, cols), _tile(vs, cols)  # (n, cols, head_dim)
         dk_tile, dv_tile = torch.zeros_like(k_tile), torch.zeros_like(v_tile)
 
-        for m in range(_query_begin(cols, diagonal), seqlen_q, BLOCK_M):
-            rows = slice(m, min(m + BLOCK_M, seqlen_q))
-            hidden = _hidden(rows, cols, diagonal, qs)
-            q_tile, dout_tile = _tile(qs, rows) * softmax_scale, _tile(douts, rows)
+        for rows in _query_blocks(qs, scores.see.queries(cols)):
+            q_tile, dout_tile = _tile(qs, rows) * scores.softmax_scale, _tile(douts, rows)
+            s, hidden, tanh = scores.tile(q_tile, k_tile, rows, cols)
+            keep = scores.keep(rows, cols)
 
-            p = (q_tile @ k_tile.mT).sub_(_tile(lses, rows)).exp_()
-            ds = (dout_tile @ v_tile.mT).sub_(_tile(deltas, rows)).mul_(p)
+            p = s.sub_(_tile(lses, rows)).exp_()
+            dp = dout_tile @ v_tile.mT
+            if keep is not None:
+                dp.mul_(keep)
+            ds = dp.sub_(_tile(deltas, rows)).mul_(p)
+            if tanh is not None:
+                ds.mul_(1 - tanh.square())
+            if keep is not None:
+                p.mul_(keep)
             if hidden is not None:
                 p.masked_fill_(hidden, 0)
                 ds.masked_fill_(hidden, 0)
@@ -128,13 +159,43 @@ def attention_backward(
             hidden_t = None if hidden is None else hidden.mT
             dv_tile += _matmul(p.mT, dout_tile, hidden_t)
             dk_tile += _matmul(ds.mT, q_tile, hidden_t)
-            dq_tile = _matmul(ds, k_tile, hidden).mul_(softmax_scale)
+            dq_tile = _matmul(ds, k_tile, hidden).mul_(scores.softmax_scale)
             dqs[:, :, rows] += dq_tile.view_as(dqs[:, :, rows])
 
         dks[:, 0, cols] = dk_tile
         dvs[:, 0, cols] = dv_tile
 
-    return _like(dqs, q), _like(dks, k), _like(dvs, v)
+
+@torch.no_grad()
+def write_probabilities(
+    q: Tensor, k: Tensor, options: Options, probs: Tensor, sequences: Tensor | None = None
+) -> None:
+    """Writes exp(S - its row's maximum), the sign bit set where dropped, to what queries see.
+
+    probs: (batch, heads_q, at least seqlen_q, at least seqlen_k), q's dtype; the rest stays as it is.
+    """
+    scores = Scores.of(q, k, options, sequences)
+    batch, heads_q = q.shape[0], q.shape[2]
+    qs, ks = (_by_key_head(x, k.shape[2]) for x in (q, k))
+    heads = torch.arange(batch * heads_q).view(qs.shape[:2])
+    for part in _parts(qs, ks):
+        part_scores = scores.part(part)
+        for rows in _query_blocks(qs):
+            cols = scores.see.keys(rows)
+            if cols.start == cols.stop:
+                continue
+            q_tile = _tile(qs[part], rows) * scores.softmax_scale
+            s, hidden, _ = part_scores.tile(q_tile, _tile(ks[part], cols), rows, cols)
+            row_max = s.amax(-1, keepdim=True)
+            p = s.sub_(row_max.masked_fill_(row_max == -math.inf, 0)).exp_()
+            keep = part_scores.keep(rows, cols)
+            if keep is not None:
+                p = torch.where(keep, p, -p)
+            if hidden is not None:
+                p.masked_fill_(hidden, 0)
+            head = heads[part].flatten()
+            shape = len(head), rows.stop - rows.start, cols.stop - cols.start
+            probs[head // heads_q, head % heads_q, rows, cols] = p.view(shape).to(probs.dtype)
 
 
 # Tiles.  Query heads that share a key head are rows of the same tile, so nothing is copied per
@@ -144,7 +205,7 @@ def attention_backward(
 def _by_key_head(x: Tensor, heads_k: int) -> Tensor:
     """(batch, seqlen, heads, width) -> (batch * heads_k, group, seqlen, width), to compute in."""
     batch, seqlen, heads, head_dim = x.shape
-    x = x.to(_compute_dtype(x)).transpose(1, 2)
+    x = x.to(compute_dtype(x)).transpose(1, 2)
     return x.reshape(batch * heads_k, heads // heads_k, seqlen, head_dim)
 
 
@@ -161,34 +222,21 @@ def _own(x: Tensor) -> Tensor:
 
 
 def _tile(x: Tensor, part: slice) -> Tensor:
-    """(batch * heads_k, group, seqlen, width) -> (batch * heads_k, group * part, width)."""
+    """(n, group, seqlen, width) -> (n, group * part, width)."""
     return x[:, :, part].flatten(1, 2)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _query_blocks(qs: Tensor, rows: slice | None = None) -> list[slice]:
+    """rows, by default all of qs, in blocks: with the group, about BLOCK_M rows of a tile."""
+    size = max(16, BLOCK_M // qs.shape[1] // 16 * 16)
+    return blocks(slice(0, qs.shape[2]) if rows is None else rows, size)
 
 
-# Visibility.  ``diagonal`` is None without a mask; else query i sees the keys j <= i + diagonal.
-
-
-def _key_end(rows: slice, diagonal: int | None, seqlen_k: int) -> int:
-    """The end of the keys that any of the rows sees."""
-    return seqlen_k if diagonal is None else min(rows.stop + diagonal, seqlen_k)
-
-
-def _query_begin(cols: slice, diagonal: int | None) -> int:
-    """The first row of the first query block that sees any of the cols."""
-    return 0 if diagonal is None else max(cols.start - diagonal, 0) // BLOCK_M * BLOCK_M
-
-
-def _hidden(rows: slice, cols: slice, diagonal: int | None, like: Tensor) -> Tensor | None:
-    """Which keys of a tile its rows don't see, (group * rows, cols); None if they see them all."""
-    if diagonal is None or cols.stop - 1 <= rows.start + diagonal:
-        return None
-    i = torch.arange(rows.start, rows.stop).unsqueeze(-1)
-    j = torch.arange(cols.start, cols.stop)
-    return (j > i + diagonal).repeat(like.shape[1], 1)
+def _parts(qs: Tensor, ks: Tensor) -> Iterator[slice]:
+    """The key heads (of all sequences) in parts whose tiles fit in the cache."""
+    rows = min(qs.shape[1] * qs.shape[2], BLOCK_M)
+    scores = max(1, rows * min(ks.shape[2], BLOCK_N))
+    return iter(blocks(slice(0, len(qs)), max(1, PART_SCORES // scores)))
 
 
 def _matmul(weights: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
@@ -206,23 +254,24 @@ def _matmul(weights: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
 
 
 # torch's own CPU flash attention: (batch, heads, seqlen, head_dim), causal aligned top-left, no
-# gradient of lse.  It multiplies hidden keys by 0, and sums 16-bit gradients in 16 bits: it gets
-# finite inputs, and them in fp32.
+# gradient of lse.  It multiplies hidden values by 0 and hidden scores, -inf, by the scale, and sums
+# 16-bit gradients in 16 bits: it gets finite inputs, a positive scale, and inputs in fp32.
 
 
-def _torch_kernel_agrees(causal: bool, q: Tensor, k: Tensor, *others: Tensor) -> bool:
-    if q.numel() == 0 or k.numel() == 0:
+def _torch_kernel_agrees(scores: Scores, q: Tensor, k: Tensor, *others: Tensor) -> bool:
+    if q.numel() == 0 or k.numel() == 0 or not scores.are_plain:
         return False
-    if not causal:
+    if scores.see.is_full:
         return True
-    return q.shape[1] == k.shape[1] and all(x.isfinite().all() for x in (q, k, *others))
+    if not scores.see.is_square_causal or scores.softmax_scale <= 0:
+        return False
+    return all(x.isfinite().all() for x in (q, k, *others))
 
 
-def _torch_forward(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _torch_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    causal, scale = not scores.see.is_full, scores.softmax_scale
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *map(_heads_first, (q, k, v)), 0.0, causal, scale=softmax_scale
+        *map(_heads_first, (q, k, v)), 0.0, causal, scale=scale
     )
     return _own(out.transpose(1, 2).to(q.dtype).contiguous()), _own(lse.contiguous())
 
@@ -234,11 +283,11 @@ def _torch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    softmax_scale: float,
-    causal: bool,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    causal, scale = not scores.see.is_full, scores.softmax_scale
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *map(_heads_first, (dout, q, k, v, out)), lse, 0.0, causal, scale=softmax_scale
+        *map(_heads_first, (dout, q, k, v, out)), lse.contiguous(), 0.0, causal, scale=scale
     )
     dq, dk, dv = (_own(grad.transpose(1, 2).to(q.dtype).contiguous()) for grad in grads)
     return dq, dk, dv
@@ -246,5 +295,5 @@ def _torch_backward(
 
 def _heads_first(x: Tensor) -> Tensor:
     """(batch, seqlen, heads, head_dim) -> (batch, heads, seqlen, head_dim), rows contiguous."""
-    x = x.to(_compute_dtype(x))
+    x = x.to(compute_dtype(x))
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)

@@ -1,16 +1,33 @@
 """The public functions: names, arguments, defaults and documentation; ``_autograd`` does the work.
 
-Tensors are (batch, seqlen, heads, head_dim).  Packed inputs are taken apart into views here.
+``flash_attn_func`` documents what attention is here; the other functions say only what differs.
 """
 
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
-from flash_attn import _checks, _ops
-from flash_attn._autograd import attention
-from flash_attn._autograd import maybe_contiguous as maybe_contiguous
+from flash_attn import _checks, _compat, _ops
+from flash_attn._arguments import Lengths
+from flash_attn._autograd import (
+    attention,
+    maybe_contiguous,  # noqa: F401
+)
+
+# Names that other libraries import from here.
+from flash_attn._compat import (  # noqa: F401
+    USE_TRITON_ROCM,
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+    _get_block_size_n,
+    _wrapped_flash_attn_backward,
+    _wrapped_flash_attn_forward,
+    _wrapped_flash_attn_varlen_backward,
+    _wrapped_flash_attn_varlen_forward,
+    round_multiple,
+)
 
 # The compiled extension under the name that other libraries import; None where it is not built.
 flash_attn_gpu = _ops.extension
@@ -29,14 +46,20 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """Attention: softmax(softmax_scale * q k^T) v for every batch entry and query head.
+    """Attention: dropout(softmax(scores)) v for every batch entry and query head.
+
+    Scores of query i and key j, in this order::
+
+        score = softmax_scale * (q_i . k_j)
+        score = softcap * tanh(score / softcap)                         if softcap > 0
+        score = score - slope * |i + seqlen_k - seqlen_q - j|           if alibi_slopes is given
 
     Grouped heads: heads_q is a multiple of heads_k, and query head h attends with key head
     h // (heads_q // heads_k).  One key head is multi-query attention.
 
-    With ``causal=True`` the mask is aligned to the bottom right corner: query i sees key j if
-    j <= i + seqlen_k - seqlen_q.  Seen (1) and hidden (0), for 2 queries and 5 keys and for 5
-    queries and 2 keys::
+    Masks are aligned to the bottom right corner: with ``causal=True`` query i sees key j if
+    j <= i + seqlen_k - seqlen_q.  Seen (1) and hidden (0), for 2 queries and 5 keys and for 5 queries
+    and 2 keys::
 
         1 1 1 1 0         0 0
         1 1 1 1 1         0 0
@@ -51,36 +74,44 @@ def flash_attn_func(
             CPU fp32 and fp64 besides.  Any strides.  k and v have q's dtype and device.
         k: (batch, seqlen_k, heads_k, head_dim).
         v: (batch, seqlen_k, heads_k, head_dim).
-        dropout_p: probability of dropping an attention weight, in [0, 1).  Only 0 so far.
+        dropout_p: probability of dropping an attention weight, in [0, 1), in steps of 1 / 65536; the
+            others are multiplied by 1 / (1 - dropout_p).  Seed and offset come from torch's default
+            generator of q's device, so torch.manual_seed repeats a mask.
         softmax_scale: factor of q k^T.  Default: head_dim ** -0.5.
         causal: hide the keys that lie after a query.
-        window_size: (left, right) of a sliding window: query i sees the keys from
+        window_size: (left, right), integers or 0-dim tensors: query i sees the keys from
             i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right, inclusive; a negative
-            number means no limit.  Only windows equal to no window or to ``causal`` so far.
-        softcap: above 0, the scores are softcap * tanh(scores / softcap).  Only 0 so far.
-        alibi_slopes: (heads_q,) or (batch, heads_q), fp32: adds
-            -slope * |i + seqlen_k - seqlen_q - j| to the scores.  Only None so far.
+            number means no limit.  With ``causal`` right is 0.  Only blocks of keys with a visible
+            key are read: time is linear in the window.  A tensor on CUDA makes the call wait for it.
+        softcap: above 0, limits scores smoothly to (-softcap, softcap).  0: off.
+        alibi_slopes: (heads_q,) or (batch, heads_q), fp32, on q's device.  It gets no gradient.
         deterministic: make dq bitwise repeatable, at some cost in time.  The other gradients and
             out always are.
         return_attn_probs: return softmax_lse and S_dmask too.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim), contiguous, in q's dtype; with
-        ``return_attn_probs`` the tuple (out, softmax_lse, S_dmask): softmax_lse (batch, heads_q,
-        seqlen_q) is the natural logarithm of each row's sum of exp(scores), fp32 (fp64 for fp64
-        inputs), and its gradient is used; S_dmask is empty, (0,) in q's dtype, without dropout.
+        ``return_attn_probs`` the tuple (out, softmax_lse, S_dmask).
+
+        softmax_lse (batch, heads_q, seqlen_q) is the natural logarithm of each row's sum of
+        exp(score), without dropout; fp32 (fp64 for fp64 inputs); its gradient is used.
+
+        S_dmask is for tests of dropout: (batch, heads_q, seqlen_q rounded up to 128, seqlen_k rounded
+        up to 128), in q's dtype, of exp(score - largest score of its row), with the sign bit set
+        where the weight is dropped, and 0 for hidden keys and in the padding.  Without dropout it is
+        empty, (0,).  It has no gradient, and it takes memory for every score.
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value, or the CUDA extension
             is not built.  In the backward pass: create_graph=True, as its gradients have none.
-        NotImplementedError: an option that a later release brings.
     """
     _checks.check_qkv(q, k, v)
-    causal = _checks.resolve_options(
-        dropout_p, causal, window_size, softcap, alibi_slopes, q.shape[1], k.shape[1]
+    score = _checks.check_options(
+        q, q.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
-    result = attention(q, k, v, softmax_scale, causal, deterministic, return_attn_probs)
-    return (*result, q.new_empty(0)) if return_attn_probs else result
+    return attention(
+        q, k, v, None, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+    )
 
 
 def flash_attn_kvpacked_func(
@@ -95,7 +126,9 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``flash_attn_func`` with keys and values in one tensor, and their gradients in one too.
+    """``flash_attn_func`` with keys and values in one tensor.
+
+    The gradients of both are written into one tensor, too: no copies put them together.
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim).
@@ -104,19 +137,12 @@ def flash_attn_kvpacked_func(
     The other arguments, the results and the errors are those of ``flash_attn_func``.
     """
     _checks.check_packed("kv", kv, 2, "(batch, seqlen_k, 2, heads_k, head_dim)")
-    k, v = kv.unbind(dim=2)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
+    _checks.check_qkv(q, *kv.unbind(2))
+    score = _checks.check_options(
+        q, q.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
+    )
+    return attention(
+        q, kv, None, None, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
     )
 
 
@@ -131,7 +157,9 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``flash_attn_func`` with queries, keys and values in one tensor, and their gradients too.
+    """``flash_attn_func`` with queries, keys and values in one tensor.
+
+    The gradients of all three are written into one tensor, too: no copies put them together.
 
     Args:
         qkv: (batch, seqlen, 3, heads, head_dim): queries, keys, values.  For grouped heads use
@@ -140,19 +168,12 @@ def flash_attn_qkvpacked_func(
     The other arguments, the results and the errors are those of ``flash_attn_func``.
     """
     _checks.check_packed("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
-    q, k, v = qkv.unbind(dim=2)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
+    _checks.check_qkv(*qkv.unbind(2))
+    score = _checks.check_options(
+        qkv, qkv.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
+    )
+    return attention(
+        qkv, None, None, None, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
     )
 
 
@@ -174,29 +195,57 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Any:
-    """Attention over sequences of different lengths in one tensor.  Not in this release.
+    """``flash_attn_func`` for sequences of different lengths, one after the other in one tensor.
+
+    Every sequence attends to itself only, and masks and ALiBi go by its own seqlen_q and seqlen_k.
+    Either may be 0.  Rows of q beyond the last sequence have out 0 and log-sum-exp +inf; like those
+    of k and v, they get the gradient 0.
 
     Args:
-        q: (total_q, heads_q, head_dim), total_q the sum of the query lengths.
-        k: (total_k, heads_k, head_dim), or paged: (num_blocks, page_size, heads_k, head_dim).
+        q: (total_q, heads_q, head_dim), total_q at least the sum of the query lengths.
+        k: (total_k, heads_k, head_dim); or, with a block_table, (num_blocks, page_size, heads_k,
+            head_dim), page_size a multiple of 16.
         v: the same shape as k.
-        cu_seqlens_q: (batch + 1,), int32: sequence b is the rows cu_seqlens_q[b] to
-            cu_seqlens_q[b + 1], exclusive, of q.
+        cu_seqlens_q: (batch + 1,), int32, on q's device, contiguous: sequence b is the rows
+            cu_seqlens_q[b] to cu_seqlens_q[b + 1], exclusive, of q.  It starts at 0 and does not
+            decrease.
         cu_seqlens_k: (batch + 1,), int32: the same for k and v.
-        max_seqlen_q: at least the longest query sequence.
+        max_seqlen_q: at least the longest query sequence; an integer or a 0-dim tensor.
         max_seqlen_k: at least the longest key sequence.
-        block_table: (batch, max_blocks), int32: the pages of each sequence, for paged k and v.
+        alibi_slopes: (heads_q,) or (batch, heads_q), batch the number of sequences.
+        block_table: (batch, max_blocks), int32: the pages of each sequence, for paged k and v: key j
+            of sequence b is k[block_table[b, j // page_size], j % page_size].  Entries beyond a
+            sequence's length are not read.  Paged k and v have no gradients.
 
     The other arguments are those of ``flash_attn_func``.
 
     Returns:
-        out (total_q, heads_q, head_dim), or (out, softmax_lse, S_dmask) with softmax_lse (heads_q,
-        total_q), fp32.
+        out (total_q, heads_q, head_dim); with ``return_attn_probs`` the tuple (out, softmax_lse,
+        S_dmask), with softmax_lse (heads_q, total_q) and S_dmask (batch, heads_q, max_seqlen_q
+        rounded up to 128, max_seqlen_k rounded up to 128), (0,) without dropout.
 
     Raises:
-        NotImplementedError: always; planned for the complete training API.
+        RuntimeError: as ``flash_attn_func``; also return_attn_probs with dropout and a block_table,
+            and the backward pass with a block_table.  What cu_seqlens, max_seqlen and block_table
+            hold is checked on the CPU; on CUDA, where this waits for the device, only if the
+            environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.  Unchecked, wrong contents are undefined
+            behaviour.
     """
-    _raise_planned("flash_attn_varlen_func", "the complete training API")
+    lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
+    _checks.check_varlen(q, k, v, lengths)
+    if block_table is not None and return_attn_probs and dropout_p > 0:
+        raise RuntimeError(
+            "return_attn_probs: S_dmask, which dropout_p > 0 asks for, is not available with a"
+            f" block_table; got dropout_p = {dropout_p}"
+        )
+    score = _checks.check_options(
+        *(q, cu_seqlens_q.shape[0] - 1, dropout_p),
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes),
+    )
+    _checks.check_lengths_on_demand(q, k, lengths)
+    return attention(
+        q, k, v, lengths, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+    )
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -215,18 +264,25 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``flash_attn_varlen_func`` with keys and values in one tensor.  Not in this release.
+    """``flash_attn_varlen_func`` with keys and values in one tensor, and their gradients in one too.
 
     Args:
         q: (total_q, heads_q, head_dim).
         kv: (total_k, 2, heads_k, head_dim): keys, then values.
 
-    The other arguments and the results are those of ``flash_attn_varlen_func``.
-
-    Raises:
-        NotImplementedError: always; planned for the complete training API.
+    The other arguments, the results and the errors are those of ``flash_attn_varlen_func``.
     """
-    _raise_planned("flash_attn_varlen_kvpacked_func", "the complete training API")
+    _checks.check_packed("kv", kv, 2, "(total_k, 2, heads_k, head_dim)")
+    lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _checks.check_varlen(q, *kv.unbind(1), lengths)
+    score = _checks.check_options(
+        *(q, cu_seqlens_q.shape[0] - 1, dropout_p),
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes),
+    )
+    _checks.check_lengths_on_demand(q, kv, lengths)
+    return attention(
+        q, kv, None, lengths, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+    )
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -242,20 +298,27 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``flash_attn_varlen_func`` with queries, keys and values in one tensor.  Not in this release.
+    """``flash_attn_varlen_func`` with queries, keys and values in one tensor, as their gradients.
 
     Args:
         qkv: (total, 3, heads, head_dim): queries, keys, values.
         cu_seqlens: (batch + 1,), int32: sequence b is the rows cu_seqlens[b] to cu_seqlens[b + 1],
             exclusive, of qkv.
-        max_seqlen: at least the longest sequence.
+        max_seqlen: at least the longest sequence; an integer or a 0-dim tensor.
 
-    The other arguments and the results are those of ``flash_attn_varlen_func``.
-
-    Raises:
-        NotImplementedError: always; planned for the complete training API.
+    The other arguments, the results and the errors are those of ``flash_attn_varlen_func``.
     """
-    _raise_planned("flash_attn_varlen_qkvpacked_func", "the complete training API")
+    _checks.check_packed("qkv", qkv, 3, "(total, 3, heads, head_dim)")
+    lengths = _lengths(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    _checks.check_varlen(*qkv.unbind(1), lengths)
+    score = _checks.check_options(
+        *(qkv, cu_seqlens.shape[0] - 1, dropout_p),
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes),
+    )
+    _checks.check_lengths_on_demand(qkv, qkv, lengths)
+    return attention(
+        qkv, None, None, lengths, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+    )
 
 
 def flash_attn_with_kvcache(
@@ -312,17 +375,32 @@ def flash_attn_with_kvcache(
     _raise_planned("flash_attn_with_kvcache", "the decoding API")
 
 
-def round_multiple(x: int, m: int) -> int:
-    """x rounded up to a multiple of m."""
-    return (x + m - 1) // m * m
-
-
-def _get_block_size_n(
-    device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool
-) -> int:
-    """How many keys share a maximum in S_dmask: all, as it is relative to each row's maximum."""
-    return 2**30
+def _lengths(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_table: Tensor | None = None,
+) -> Lengths:
+    return Lengths(
+        *(cu_seqlens_q, cu_seqlens_k, None, None, block_table),
+        _checks.resolve_integer("max_seqlen_q", max_seqlen_q),
+        _checks.resolve_integer("max_seqlen_k", max_seqlen_k),
+    )
 
 
 def _raise_planned(function: str, release: str) -> NoReturn:
     raise NotImplementedError(f"{function} is planned for a later release ({release})")
+
+
+# Upstream's autograd Functions, for code that calls their apply.
+FlashAttnFunc = _compat.function_class("FlashAttnFunc", flash_attn_func)
+FlashAttnKVPackedFunc = _compat.function_class("FlashAttnKVPackedFunc", flash_attn_kvpacked_func)
+FlashAttnQKVPackedFunc = _compat.function_class("FlashAttnQKVPackedFunc", flash_attn_qkvpacked_func)
+FlashAttnVarlenFunc = _compat.function_class("FlashAttnVarlenFunc", flash_attn_varlen_func)
+FlashAttnVarlenKVPackedFunc = _compat.function_class(
+    "FlashAttnVarlenKVPackedFunc", flash_attn_varlen_kvpacked_func
+)
+FlashAttnVarlenQKVPackedFunc = _compat.function_class(
+    "FlashAttnVarlenQKVPackedFunc", flash_attn_varlen_qkvpacked_func
+)

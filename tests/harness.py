@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from cases import AttnCase, Inputs
-from oracle import Result, assert_same_specials, attention_oracle, attention_peer, check_result
+from cases import UNLIMITED, Alibi, AttnCase, Case, Inputs, VarlenCase, VarlenInputs, make_alibi
+from oracle import (
+    Result,
+    assert_same_specials,
+    attention_oracle,
+    attention_peer,
+    check_result,
+    per_sequence,
+)
+from philox import keep_mask
 from torch import Tensor
 
-from flash_attn import flash_attn_func
+from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 LARGE_POISON_BYTES = 64 << 20  # one block of the caching allocator's large pool
 SMALL_POISON_BYTES = 512 << 10  # blocks up to 1 MiB come from the small pool
@@ -29,6 +40,26 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in tensors]
 
 
+def peek_rng_state(like: Tensor, sequences: int, heads: int) -> Tensor:
+    """(seed, offset) that the next call with dropout draws; the generators stay as they are."""
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        return torch.ops.flash_attn.draw_rng_state(like, sequences * heads * 32).cpu()
+
+
+def features_of(case: Case, device: str) -> dict[str, Any]:
+    """Keyword arguments of the public functions for the features that `case` uses."""
+    features: dict[str, Any] = {}
+    if case.window != UNLIMITED:
+        features["window_size"] = case.window
+    if case.softcap:
+        features["softcap"] = case.softcap
+    if case.alibi is not Alibi.none:
+        features["alibi_slopes"] = make_alibi(case, device)
+    if case.dropout:
+        features["dropout_p"] = case.dropout
+    return features
+
+
 def run_flash(
     q: Tensor,
     k: Tensor,
@@ -39,39 +70,141 @@ def run_flash(
     softmax_scale: float | None = None,
     dlse: Tensor | None = None,
     deterministic: bool = False,
+    rng_seed: int = 0,
+    **features: Any,
 ) -> Result:
-    """flash_attn_func and, with dout or dlse, its gradients; LSE in any case."""
+    """flash_attn_func and, with dout or dlse, its gradients; LSE in any case.
+
+    features: window_size, softcap, alibi_slopes, dropout_p; with dropout, torch is seeded before.
+    """
     options = dict(softmax_scale=softmax_scale, causal=causal, deterministic=deterministic)
+    options |= features
+
+    def call(*qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return flash_attn_func(*qkv, return_attn_probs=True, **options)
+
+    sequences = q.shape[0]
+    return _run(call, q, k, v, dout, dlse, sequences, features.get("dropout_p", 0.0), rng_seed)
+
+
+def run_varlen(
+    x: VarlenInputs,
+    *,
+    causal: bool,
+    backward: bool = True,
+    softmax_scale: float | None = None,
+    dlse: Tensor | None = None,
+    deterministic: bool = False,
+    rng_seed: int = 0,
+    **features: Any,
+) -> Result:
+    """The same of flash_attn_varlen_func; features: block_table too."""
+    options = dict(softmax_scale=softmax_scale, causal=causal, deterministic=deterministic)
+    options |= features
+    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
+    dropout_p = features.get("dropout_p", 0.0)
+
+    def call(*qkv: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if dropout_p and "block_table" in features:  # there is no S_dmask of pages
+            return flash_attn_varlen_func(*qkv, *lengths, **options), None, None
+        return flash_attn_varlen_func(*qkv, *lengths, return_attn_probs=True, **options)
+
+    dout = x.dout if backward else None
+    sequences = len(x.cu_seqlens_q) - 1
+    return _run(call, x.q, x.k, x.v, dout, dlse, sequences, dropout_p, rng_seed)
+
+
+def _run(
+    call: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    sequences: int,
+    dropout_p: float,
+    rng_seed: int,
+) -> Result:
+    rng_state = None
+    if dropout_p:
+        torch.manual_seed(rng_seed)
+        rng_state = peek_rng_state(q, sequences, q.shape[-2])
     poison(q.device)
     if dout is None and dlse is None:
         with torch.no_grad():
-            out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
-        return Result(out, lse)
+            out, lse, _ = call(q, k, v)
+        return Result(out, lse, rng_state=rng_state)
     inputs = leaves(q, k, v)
-    out, lse, _ = flash_attn_func(*inputs, return_attn_probs=True, **options)
+    out, lse, _ = call(*inputs)
     pairs = [(out, dout), (lse, dlse)]
     outputs = [x for x, grad in pairs if grad is not None]
     grads = [grad for _, grad in pairs if grad is not None]
     poison(q.device)
     dq, dk, dv = torch.autograd.grad(outputs, inputs, grads)
-    return Result(out.detach(), lse.detach(), dq, dk, dv)
+    return Result(out.detach(), lse.detach(), dq, dk, dv, rng_state)
 
 
-def check_case(case: AttnCase, x: Inputs, *, scale: float | None = None, **options: bool) -> Result:
+def check_case(
+    case: AttnCase,
+    x: Inputs,
+    *,
+    scale: float | None = None,
+    dlse: Tensor | None = None,
+    **options: bool,
+) -> Result:
     """Forward and backward of `x` against the oracle; returns our result."""
-    ours = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal, softmax_scale=scale, **options)
-    exact = dict(scale=case.scale if scale is None else scale, causal=case.causal)
-    want = attention_oracle(x.q, x.k, x.v, x.dout, **exact)
-    peer = attention_peer(x.q, x.k, x.v, x.dout, **exact)
-    # delta = rowsum(dout * out) comes from the rounded out, which the peer's softmax gradient does not
-    # use.  With one or two keys P is not small, and that rounding is most of the gradients' error.
-    slack = 0.0
-    if case.seqlen_k <= 2 and case.seqlen_q > 0 and case.seqlen_k > 0:
-        delta = (x.dout.double() * want.out.double()).abs().sum(-1).max()
-        operand = max(x.q.abs().max().item(), x.k.abs().max().item())
-        slack = torch.finfo(x.q.dtype).eps / 2 * delta.item() * abs(exact["scale"]) * operand
-    check_result(ours, peer, want, case=case, gradient_slack=slack)
+    features = features_of(case, x.q.device)
+    exact = dict(scale=case.scale if scale is None else scale, causal=case.causal, dlse=dlse)
+    ours = run_flash(
+        *(x.q, x.k, x.v, x.dout),
+        causal=case.causal,
+        softmax_scale=scale,
+        dlse=dlse,
+        **options,
+        **features,
+    )
+    if case.dropout:
+        shape = (range(case.batch), case.heads[0], case.seqlen_q, case.seqlen_k)
+        features["keep"] = keep_mask(ours.rng_state, *shape, case.dropout, x.q.device)
+    want = attention_oracle(x.q, x.k, x.v, x.dout, **exact, **features)
+    peer = attention_peer(x.q, x.k, x.v, x.dout, **exact, **features)
+    check_result(ours, peer, want, case=case)
     return ours
+
+
+def check_varlen(
+    case: VarlenCase,
+    x: VarlenInputs,
+    *,
+    scale: float | None = None,
+    dlse: Tensor | None = None,
+    **options: bool,
+) -> Result:
+    """Forward and backward of all sequences against the oracle; returns our result."""
+    features = features_of(case, x.q.device)
+    ours = run_varlen(x, causal=case.causal, softmax_scale=scale, dlse=dlse, **options, **features)
+    exact = dict(
+        scale=case.scale if scale is None else scale,
+        causal=case.causal,
+        dlse=dlse,
+        cu_seqlens_q=x.cu_seqlens_q.tolist(),
+        cu_seqlens_k=x.cu_seqlens_k.tolist(),
+    )
+    if case.dropout:
+        features["keep"] = varlen_keep(case, ours.rng_state, x.q.device)
+    qkv = (x.q, x.k, x.v, x.dout)
+    want = per_sequence(attention_oracle, *qkv, **exact, **features)
+    peer = per_sequence(attention_peer, *qkv, **exact, **features)
+    check_result(ours, peer, want, case=case)
+    return ours
+
+
+def varlen_keep(case: VarlenCase, rng_state: Tensor, device: torch.device) -> list[Tensor]:
+    """The keep mask of each sequence, (1, h, sq, sk)."""
+    return [
+        keep_mask(rng_state, [n], case.heads[0], sq, sk, case.dropout, device)
+        for n, (sq, sk) in enumerate(zip(case.lengths_q, case.lengths_k))
+    ]
 
 
 def assert_bitwise(name: str, ours: Tensor, want: Tensor, case: object) -> None:

@@ -5,12 +5,14 @@
                                                          initcheck, synccheck); exit status 1 on any finding
 
 Cases: forward and backward (default and deterministic) of every built head dimension and dtype, causal
-and full, ragged lengths with more queries than keys and the reverse, grouped heads.
+and full, ragged lengths with more queries than keys and the reverse, grouped heads; then windows,
+softcap, ALiBi and dropout with S_dmask, sequences of different lengths, and pages.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -18,12 +20,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func
+
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PADDED = {
     64: 40,
     128: 104,
     256: 200,
 }  # built head dimension: one that its kernel serves by predicates
+FEATURES = dict(softcap=5.0, dropout_p=0.2)  # with ALiBi, whose slopes are made with the inputs
 
 
 def find_sanitizer() -> str | None:
@@ -40,42 +47,85 @@ def find_sanitizer() -> str | None:
 
 
 def problems(head_dims: list[int], dtypes: list[str], only: int | None) -> Iterator[tuple]:
-    """(head_dim, dtype, seqlen_q, seqlen_k, causal), each small enough for a sanitizer."""
+    """(head_dim, dtype, seqlen_q, seqlen_k, options), each small enough for a sanitizer."""
     for head_dim in head_dims:
         if only not in (None, head_dim):
             continue
         for dtype in dtypes:
-            yield head_dim, dtype, 161, 225, True
-            yield head_dim, dtype, 130, 97, False
-            yield head_dim, dtype, 193, 65, True
+            yield head_dim, dtype, 161, 225, dict(causal=True)
+            yield head_dim, dtype, 130, 97, dict(causal=False)
+            yield head_dim, dtype, 193, 65, dict(causal=True)
+            yield head_dim, dtype, 161, 225, dict(window_size=(40, 9), **FEATURES)
+            yield head_dim, dtype, 193, 65, dict(causal=True, window_size=(40, -1), **FEATURES)
         if head_dim in PADDED:
-            yield PADDED[head_dim], dtypes[0], 97, 161, True
+            yield PADDED[head_dim], dtypes[0], 97, 161, dict(causal=True)
+            yield PADDED[head_dim], dtypes[0], 97, 161, dict(window_size=(-1, 30), **FEATURES)
+
+
+def dense_case(head_dim: int, dtype: torch.dtype, sq: int, sk: int, options: dict) -> None:
+    """flash_attn_func, forward and backward."""
+    shapes = ((1, sq, 2, head_dim), (1, sk, 1, head_dim), (1, sk, 1, head_dim))
+    # Made on the CPU: only our kernels and a few copies run under the sanitizer.
+    q, k, v = (torch.randn(s).to(dtype).cuda().requires_grad_() for s in shapes)
+    dout, dlse = torch.randn(shapes[0]).to(dtype).cuda(), torch.randn(1, 2, sq).cuda()
+    if options.get("dropout_p"):
+        options = options | dict(alibi_slopes=torch.tensor([0.5, 0.01]).cuda())
+    for deterministic in (False, True):
+        out, lse, _ = flash_attn_func(
+            q, k, v, deterministic=deterministic, return_attn_probs=True, **options
+        )
+        torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+
+
+def varlen_case(head_dim: int, dtype: torch.dtype, options: dict) -> None:
+    """flash_attn_varlen_func, forward and backward, and forward with pages; rows of no sequence."""
+    lengths_q, lengths_k = (97, 0, 33, 130), (65, 7, 0, 161)
+    cu_q, cu_k = (
+        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32).cuda()
+        for n in (lengths_q, lengths_k)
+    )
+    shapes = ((sum(lengths_q) + 5, 2, head_dim), *((sum(lengths_k) + 9, 1, head_dim),) * 2)
+    q, k, v = (torch.randn(s).to(dtype).cuda().requires_grad_() for s in shapes)
+    dout, dlse = torch.randn(shapes[0]).to(dtype).cuda(), torch.randn(2, shapes[0][0]).cuda()
+    lengths = (cu_q, cu_k, max(lengths_q), max(lengths_k))
+    for deterministic in (False, True):
+        out, lse, _ = flash_attn_varlen_func(
+            *(q, k, v, *lengths),
+            deterministic=deterministic,
+            return_attn_probs=True,
+            **options,
+        )
+        torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+
+    pages = torch.randn(2, 16, 16, 1, head_dim).to(dtype).cuda()
+    table = torch.full((4, 11), -1, dtype=torch.int32)  # 161 keys: 11 pages of 16
+    table[0, :5] = torch.tensor([3, 1, 4, 15, 9])
+    table[1, :1] = 2
+    table[3] = torch.arange(5, 16)
+    with torch.no_grad():
+        flash_attn_varlen_func(q, *pages, *lengths, block_table=table.cuda(), **options)
 
 
 def run(only: int | None) -> None:
     """Every case once in this process."""
-    import torch  # before the extension, which needs torch's libraries
-
-    from flash_attn import flash_attn_func  # isort: skip
-    import flash_attn_2_cuda  # isort: skip
+    import flash_attn_2_cuda
 
     names = {"fp16": torch.float16, "bf16": torch.bfloat16}
     info = flash_attn_2_cuda.build_info()
     count = 0
-    for head_dim, dtype, sq, sk, causal in problems(info["head_dims"], info["dtypes"], only):
-        shapes = ((1, sq, 2, head_dim), (1, sk, 1, head_dim), (1, sk, 1, head_dim))
-        # Made on the CPU: only our kernels and a few copies run under the sanitizer.
-        q, k, v = (torch.randn(s).to(names[dtype]).cuda().requires_grad_() for s in shapes)
-        dout = torch.randn(shapes[0]).to(names[dtype]).cuda()
-        dlse = torch.randn(1, 2, sq).cuda()
-        for deterministic in (False, True):
-            out, lse, _ = flash_attn_func(
-                q, k, v, causal=causal, deterministic=deterministic, return_attn_probs=True
-            )
-            torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    for head_dim, dtype, sq, sk, options in problems(info["head_dims"], info["dtypes"], only):
+        dense_case(head_dim, names[dtype], sq, sk, options)
         torch.cuda.synchronize()
         count += 1
-        print(f"{dtype} d{head_dim} q{sq} k{sk} {'causal' if causal else 'full'}", flush=True)
+        print(f"{dtype} d{head_dim} q{sq} k{sk} {options}", flush=True)
+    for head_dim, dtype in itertools.product(info["head_dims"], info["dtypes"]):
+        if only not in (None, head_dim):
+            continue
+        for options in (dict(causal=True), dict(window_size=(50, 3), softcap=4.0, dropout_p=0.1)):
+            varlen_case(head_dim, names[dtype], options)
+            torch.cuda.synchronize()
+            count += 1
+            print(f"{dtype} d{head_dim} varlen {options}", flush=True)
     if count == 0:
         raise SystemExit("no case: is the head dimension built?")
     print(f"ran {count} cases")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import flash_attn
+import flash_attn.flash_attn_interface as interface
 from flash_attn import flash_attn_func
 
 TAIL = {
@@ -102,28 +103,6 @@ QKV = [torch.zeros(1, 4, 2, 8) for _ in range(3)]
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("dropout_p", 0.1),
-        ("window_size", (1, 0)),
-        ("window_size", (1, 1)),
-        ("window_size", (0, -1)),
-        ("softcap", 30.0),
-        ("alibi_slopes", torch.ones(2)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_missing_feature_is_named(argument: str, value: object, causal: bool) -> None:
-    try:
-        flash_attn_func(*QKV, causal=causal, **{argument: value})
-    except NotImplementedError as error:
-        assert argument in str(error)
-    else:
-        pytest.fail(f"{argument}={value} was ignored")
-
-
-@pytest.mark.parametrize(
     ("window_size", "causal", "same_as_causal"),
     [
         ((-1, -1), False, False),
@@ -141,67 +120,31 @@ def test_missing_feature_is_named(argument: str, value: object, causal: bool) ->
 def test_window_that_hides_nothing_more(
     window_size: tuple[int, int], causal: bool, same_as_causal: bool
 ) -> None:
-    """Windows that say no more than `causal` are the same call, or named as missing; never wrong."""
+    """Windows that say no more than `causal` are the same call."""
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 6, 2, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)
-    try:
-        out = flash_attn_func(q, k, v, causal=causal, window_size=window_size)
-    except NotImplementedError as error:
-        assert "window_size" in str(error)
-        assert window_size != (-1, -1)
-    else:
-        assert torch.equal(out, flash_attn_func(q, k, v, causal=same_as_causal))
+    out = flash_attn_func(q, k, v, causal=causal, window_size=window_size)
+    assert torch.equal(out, flash_attn_func(q, k, v, causal=same_as_causal))
 
 
 def test_wide_window_with_more_queries_than_keys() -> None:
     """window (-1, sk) with sq > 2 sk still hides keys: not the same as no window."""
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 30, 1, 8), torch.randn(1, 10, 1, 8), torch.randn(1, 10, 1, 8)
-    try:
-        out = flash_attn_func(q, k, v, window_size=(-1, 12))
-    except NotImplementedError as error:
-        assert "window_size" in str(error)
-    else:
-        assert not out[:, :8].any(), "query 0 sees keys up to 0 + 10 - 30 + 12 only"
+    out = flash_attn_func(q, k, v, window_size=(-1, 12))
+    assert not out[:, :8].any(), "query 0 sees keys up to 0 + 10 - 30 + 12 only"
+    assert out[:, 8:].any(-1).all()
 
 
-FUTURE_CALLS = {
-    "flash_attn_varlen_func": (
-        *(torch.zeros(4, 2, 8),) * 3,
-        *(torch.tensor([0, 4]).int(),) * 2,
-        4,
-        4,
-    ),
-    "flash_attn_varlen_kvpacked_func": (
-        *(torch.zeros(4, 2, 8), torch.zeros(4, 2, 2, 8)),
-        *((torch.tensor([0, 4]).int(),) * 2),
-        *(4, 4),
-    ),
-    "flash_attn_varlen_qkvpacked_func": (torch.zeros(4, 3, 2, 8), torch.tensor([0, 4]).int(), 4),
-    "flash_attn_with_kvcache": tuple(QKV),
-}
+@pytest.mark.parametrize("window_size", [(1, 2, 3), (1,), (0.5, 0), ("a", 0), (torch.rand(2), 0)])
+def test_window_that_is_none(window_size: tuple) -> None:
+    with pytest.raises(RuntimeError, match="window_size"):
+        flash_attn_func(*QKV, window_size=window_size)
 
 
-@pytest.mark.parametrize("name", FUTURE_CALLS)
-def test_function_of_a_later_release_says_so(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=name):
-        getattr(flash_attn, name)(*FUTURE_CALLS[name])
-
-
-def test_packed_functions_agree_or_say_that_they_are_missing() -> None:
-    torch.manual_seed(0)
-    qkv = torch.randn(2, 5, 3, 2, 8)
-    want = flash_attn_func(*qkv.unbind(2), causal=True)
-    for name, arguments in (
-        ("flash_attn_qkvpacked_func", (qkv,)),
-        ("flash_attn_kvpacked_func", (qkv[:, :, 0], qkv[:, :, 1:])),
-    ):
-        try:
-            out = getattr(flash_attn, name)(*arguments, causal=True)
-        except NotImplementedError as error:
-            assert name in str(error)
-        else:
-            torch.testing.assert_close(out, want)
+def test_function_of_a_later_release_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache"):
+        flash_attn.flash_attn_with_kvcache(*QKV)
 
 
 def test_defaults_spelled_out_are_accepted() -> None:
@@ -214,14 +157,191 @@ def test_defaults_spelled_out_are_accepted() -> None:
     assert torch.equal(out, want)
 
 
-def test_every_argument_has_an_effect() -> None:
+OPTIONS = {
+    "dropout_p": 0.5,
+    "softmax_scale": 0.1,
+    "causal": True,
+    "window_size": (2, 1),
+    "softcap": 0.5,
+    "alibi_slopes": torch.ones(2),
+}
+CU_SEQLENS = torch.tensor([0, 4, 18], dtype=torch.int32)
+FORMS = {
+    "flash_attn_func": lambda qkv, **options: flash_attn_func(*qkv.unbind(2), **options),
+    "flash_attn_kvpacked_func": lambda qkv, **options: flash_attn.flash_attn_kvpacked_func(
+        qkv[:, :, 0], qkv[:, :, 1:], **options
+    ),
+    "flash_attn_qkvpacked_func": lambda qkv, **options: flash_attn.flash_attn_qkvpacked_func(
+        qkv, **options
+    ),
+    "flash_attn_varlen_func": lambda qkv, **options: flash_attn.flash_attn_varlen_func(
+        *qkv.flatten(0, 1).unbind(1), CU_SEQLENS, CU_SEQLENS, 14, 14, **options
+    ),
+    "flash_attn_varlen_kvpacked_func": lambda qkv, **options: (
+        flash_attn.flash_attn_varlen_kvpacked_func(
+            *(qkv.flatten(0, 1)[:, 0], qkv.flatten(0, 1)[:, 1:]),
+            *(CU_SEQLENS, CU_SEQLENS, 14, 14),
+            **options,
+        )
+    ),
+    "flash_attn_varlen_qkvpacked_func": lambda qkv, **options: (
+        flash_attn.flash_attn_varlen_qkvpacked_func(qkv.flatten(0, 1), CU_SEQLENS, 14, **options)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_argument_has_an_effect(form: str) -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
-    plain = flash_attn_func(q, k, v)
-    assert not torch.equal(flash_attn_func(q, k, v, causal=True), plain)
-    assert not torch.equal(flash_attn_func(q, k, v, softmax_scale=0.1), plain)
-    assert len(flash_attn_func(q, k, v, return_attn_probs=True)) == 3
+    qkv = torch.randn(2, 9, 3, 2, 8)
+    call = FORMS[form]
+    plain = call(qkv)
     assert isinstance(plain, torch.Tensor)
+    for name, value in OPTIONS.items():
+        assert not torch.equal(call(qkv, **{name: value}), plain), name
+    out, lse, s_dmask = call(qkv, return_attn_probs=True)
+    assert torch.equal(out, plain) and lse.dtype == torch.float32
+    assert s_dmask.shape == (0,) and s_dmask.dtype == qkv.dtype
+    _, _, s_dmask = call(qkv, return_attn_probs=True, dropout_p=0.5)
+    assert s_dmask.shape == (2, 2, 128, 128) and s_dmask.dtype == qkv.dtype
+    assert torch.equal(call(qkv, deterministic=True), plain)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_upstreams_function_classes(form: str) -> None:
+    """apply takes the public arguments by position and, last, whether gradients are enabled."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 9, 3, 2, 8)
+    varlen = "Varlen" if "varlen" in form else ""
+    packed = "QKVPacked" if "qkvpacked" in form else "KVPacked" if "kvpacked" in form else ""
+    rows = (qkv.flatten(0, 1) if varlen else qkv).clone().requires_grad_()
+    tensors = {
+        "": rows.unbind(-3),
+        "KVPacked": (rows[..., 0, :, :], rows[..., 1:, :, :]),
+        "QKVPacked": (rows,),
+    }
+    lengths = (CU_SEQLENS, 14) if packed == "QKVPacked" else (CU_SEQLENS, CU_SEQLENS, 14, 14)
+    arguments = [*tensors[packed], *(lengths if varlen else ())]
+    arguments += [0.0, None, True, (-1, -1), 0.0, None, False, False]
+    if form == "flash_attn_varlen_func":
+        arguments.append(None)
+    function = getattr(interface, f"FlashAttn{varlen}{packed}Func")
+    want = FORMS[form](qkv, causal=True)
+    for enabled in (True, False):
+        out = function.apply(*arguments, enabled)
+        assert torch.equal(out, want) and out.requires_grad == enabled
+    assert function.apply(*arguments).requires_grad
+
+
+# The names of flash_attn_interface that other libraries call.
+
+COMPAT_SIGNATURES = {
+    "_flash_attn_forward": "q k v dropout_p softmax_scale causal window_size_left window_size_right"
+    " softcap alibi_slopes return_softmax",
+    "_flash_attn_varlen_forward": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+    " dropout_p softmax_scale causal window_size_left=-1 window_size_right=-1 softcap=0.0"
+    " alibi_slopes=None return_softmax=False block_table=None leftpad_k=None seqused_k=None"
+    " zero_tensors=False",
+    "_flash_attn_backward": "dout q k v out softmax_lse dq dk dv dropout_p softmax_scale causal"
+    " window_size_left window_size_right softcap alibi_slopes deterministic rng_state=None",
+    "_flash_attn_varlen_backward": "dout q k v out softmax_lse dq dk dv cu_seqlens_q cu_seqlens_k"
+    " max_seqlen_q max_seqlen_k dropout_p softmax_scale causal window_size_left window_size_right"
+    " softcap alibi_slopes deterministic rng_state=None zero_tensors=False",
+}
+
+
+@pytest.mark.parametrize("name", COMPAT_SIGNATURES)
+def test_internal_name_that_others_call(name: str) -> None:
+    op = getattr(interface, name)
+    assert isinstance(op, torch.library.CustomOpDef)
+    parameters = inspect.signature(op._init_fn).parameters.values()
+    got = " ".join(p.name if p.default is REQUIRED else f"{p.name}={p.default}" for p in parameters)
+    assert got == COMPAT_SIGNATURES[name]
+    assert getattr(interface, f"_wrapped{name}") is getattr(torch.ops.flash_attn, name)
+    assert len(op._init_fn.__doc__ or "") > 50
+
+
+def test_small_internal_names() -> None:
+    assert interface.USE_TRITON_ROCM is False
+    assert [interface.round_multiple(x, 128) for x in (0, 1, 128, 129)] == [0, 128, 128, 256]
+    assert interface._get_block_size_n(torch.device("cpu"), 64, True, False) >= 2**30
+    x = torch.zeros(3, 4)
+    assert interface.maybe_contiguous(x) is x and interface.maybe_contiguous(None) is None
+    assert interface.maybe_contiguous(x.t()).is_contiguous()
+    assert hasattr(interface, "flash_attn_gpu")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+def test_internal_passes_are_the_public_function(
+    device: str, varlen: bool, dropout_p: float
+) -> None:
+    torch.manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    shape = (18,) if varlen else (2, 9)
+    q, k, v, dout = (torch.randn(*shape, 2, 64, dtype=dtype, device=device) for _ in range(4))
+    cu_seqlens = CU_SEQLENS.to(device)
+    lengths = (cu_seqlens, cu_seqlens, 14, 14) if varlen else ()
+    slopes = torch.tensor([0.5, 0.1], device=device)
+    public = flash_attn.flash_attn_varlen_func if varlen else flash_attn_func
+    options = dict(window_size=(5, 2), softcap=2.0, alibi_slopes=slopes)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.manual_seed(1)
+    want, want_lse, want_s_dmask = public(
+        *(*inputs, *lengths, dropout_p, 0.2),
+        deterministic=True,
+        return_attn_probs=True,
+        **options,
+    )
+    want_grads = torch.autograd.grad(want, inputs, dout)
+
+    kind = "_varlen" if varlen else ""
+    tail = (False, 5, 2, 2.0, slopes)
+    torch.manual_seed(1)
+    forward = getattr(interface, f"_wrapped_flash_attn{kind}_forward")
+    out, lse, s_dmask, rng_state = forward(q, k, v, *lengths, dropout_p, 0.2, *tail, True)
+    for name, a, b in (("out", out, want), ("lse", lse, want_lse), ("S", s_dmask, want_s_dmask)):
+        assert torch.equal(a, b), name
+    assert rng_state.dtype == torch.int64 and rng_state.shape == (2,)
+
+    packed = torch.empty(*shape, 3, 2, 64, dtype=dtype, device=device)
+    grads = packed.unbind(-3)
+    backward = getattr(interface, f"_flash_attn{kind}_backward")
+    softmax_d = backward(
+        *(dout, q, k, v, out, lse, *grads, *lengths, dropout_p, 0.2, *tail, True),
+        rng_state=rng_state,
+    )
+    for name, a, b in zip(("dq", "dk", "dv"), grads, want_grads):
+        assert torch.equal(a, b), name
+    assert softmax_d.shape == ((2, 18 + 2 * 128) if varlen else (2, 2, 128))
+    delta = (dout.float() * out.float()).sum(-1).movedim(-1, -2)
+    torch.testing.assert_close(softmax_d[..., : shape[-1]], delta)
+
+    arguments = (dout, q, k, v, out, lse, None, None, None, *lengths, dropout_p, 0.2, *tail, True)
+    if dropout_p > 0:
+        with pytest.raises(RuntimeError, match="rng_state"):
+            backward(*arguments)
+    else:
+        assert backward(*arguments).shape == softmax_d.shape
+
+
+def test_internal_forward_without_dropout_returns_an_empty_s_dmask() -> None:
+    out, _, s_dmask, rng_state = interface._flash_attn_forward(
+        *QKV, 0.0, 1.0, False, -1, -1, 0.0, None, True
+    )
+    assert s_dmask.shape == (0,) and s_dmask.dtype == out.dtype
+    assert rng_state.shape == (2,)
+
+
+def test_internal_forward_with_probability_too_small_to_drop() -> None:
+    """A client's way to get S_dmask without dropout."""
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 1, 4, 2, 8).unbind()
+    out, _, s_dmask, _ = interface._flash_attn_forward(
+        *qkv, 1e-30, 1.0, False, -1, -1, 0.0, None, True
+    )
+    assert torch.equal(out, flash_attn_func(*qkv, softmax_scale=1.0))
+    assert s_dmask.shape == (1, 2, 128, 128)
 
 
 def package_path() -> list[str]:
@@ -252,6 +372,29 @@ import torch, flash_attn
 out = flash_attn.flash_attn_func(*(torch.ones(1, 3, 2, 8) for _ in range(3)))
 assert out.shape == (1, 3, 2, 8)
 assert not torch.cuda.is_initialized()
+""",
+        CUDA_VISIBLE_DEVICES="",
+    )
+
+
+def test_every_operator_says_that_the_extension_is_missing() -> None:
+    run_python(
+        NO_EXTENSION
+        + """
+import torch
+from flash_attn import _ops
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+x = torch.zeros(1)
+rest = {"Tensor": x, "Optional[Tensor]": None, "float": 0.5, "bool": False, "int": 0, "SymInt": 0}
+for name in set(_ops.__all__) - {"extension"}:
+    op = getattr(_ops, name)
+    arguments = [rest[str(argument.type)] for argument in op._schema.arguments]
+    try:
+        op.redispatch(cuda, *arguments)
+    except RuntimeError as error:
+        assert "flash_attn_2_cuda" in str(error) and "pip install" in str(error), error
+    else:
+        raise AssertionError(name)
 """,
         CUDA_VISIBLE_DEVICES="",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
@@ -11,7 +13,14 @@ from harness import assert_bitwise, assert_nearly, leaves, run_flash
 from oracle import Result, attention_oracle, attention_peer, check_result
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn import flash_attn_func
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 SMALL = AttnCase(65, 97, (4, 2), 64, Mask.causal)
 LSE_CASES = [
@@ -233,3 +242,173 @@ def test_chained_through_a_network(device: str, case: AttnCase) -> None:
         grads = torch.autograd.grad(out, inputs, x.dout.to(out.dtype))
         results.append(Result(out.detach(), None, *grads))
     check_result(*results, case=case)
+
+
+# The other forms: the same behaviour in autograd.
+
+
+@dataclass
+class Form:
+    """A public function with its tensors and the arguments that follow them."""
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    layout: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]  # of qkv (b, s, 3, h, d)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make(self, device: str, heads: int = 2) -> tuple[list[torch.Tensor], tuple]:
+        """Tensors without gradients, and cu_seqlens and so on; the last row belongs to no sequence."""
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        gen = torch.Generator(device).manual_seed(3)
+        qkv = torch.randn(2, 40, 3, heads, 64, generator=gen, device=device).to(dtype)
+        if "varlen" not in self.name:
+            return list(self.layout(qkv)), ()
+        cu_seqlens = torch.tensor([0, 33, 33, 79], dtype=torch.int32, device=device)
+        lengths = (cu_seqlens, 46) if "qkv" in self.name else (cu_seqlens,) * 2 + (46, 46)
+        return list(self.layout(qkv.flatten(0, 1))), lengths
+
+
+def split(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(t.contiguous() for t in qkv.unbind(-3))
+
+
+def split_kv(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return qkv[..., 0, :, :].contiguous(), qkv[..., 1:, :, :].contiguous()
+
+
+FORMS = [
+    Form("dense", flash_attn_func, split),
+    Form("kvpacked", flash_attn_kvpacked_func, split_kv),
+    Form("qkvpacked", flash_attn_qkvpacked_func, lambda qkv: (qkv,)),
+    Form("varlen", flash_attn_varlen_func, split),
+    Form("varlen_kvpacked", flash_attn_varlen_kvpacked_func, split_kv),
+    Form("varlen_qkvpacked", flash_attn_varlen_qkvpacked_func, lambda qkv: (qkv,)),
+]
+every_form = pytest.mark.parametrize("form", FORMS, ids=str)
+FEATURES = dict(dropout_p=0.2, window_size=(30, 3), softcap=3.0, deterministic=True)
+
+
+@every_form
+@pytest.mark.parametrize("features", [{}, FEATURES], ids=["plain", "features"])
+def test_form_saves_only_inputs_and_outputs(device: str, form: Form, features: dict) -> None:
+    tensors, lengths = form.make(device)
+    inputs = leaves(*tensors)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = form.function(*inputs, *lengths, **features)
+    expected = sum(t.numel() for t in inputs) + out.numel() + out.numel() // 64
+    assert sum(t.numel() for t in saved) <= expected + 16
+    (fewer,) = [[t for t in saved if t.numel() > 16]]
+    assert len(fewer) == len(inputs) + 2, "a packed tensor is saved as one"
+
+
+@every_form
+def test_form_gives_only_requested_gradients(device: str, form: Form) -> None:
+    tensors, lengths = form.make(device)
+    inputs = leaves(*tensors)
+    dout = torch.ones_like(form.function(*inputs, *lengths))
+    want = torch.autograd.grad(form.function(*inputs, *lengths, deterministic=True), inputs, dout)
+    for wanted in product((False, True), repeat=len(tensors)):
+        inputs = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted)]
+        out = form.function(*inputs, *lengths, deterministic=True)
+        assert out.requires_grad == any(wanted)
+        if any(wanted):
+            out.backward(dout)
+        for t, w, expected in zip(inputs, wanted, want):
+            assert (t.grad is not None) == w
+            if w:
+                assert_bitwise("gradient", t.grad, expected, form)
+    with torch.no_grad():
+        assert form.function(*leaves(*tensors), *lengths).grad_fn is None
+
+
+@every_form
+def test_form_has_no_second_derivative(device: str, form: Form) -> None:
+    tensors, lengths = form.make(device)
+    inputs = leaves(*tensors)
+    out = form.function(*inputs, *lengths, **FEATURES)
+    with pytest.raises(RuntimeError, match="not twice.*create_graph"):
+        torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+
+
+@every_form
+def test_form_notices_changes_in_place(device: str, form: Form) -> None:
+    tensors, lengths = form.make(device)
+    slopes = torch.full((2,), 0.1, device=device)
+    for index in range(len(tensors) + 2):
+        inputs = [t + 0 for t in leaves(*tensors)]
+        out = form.function(*inputs, *lengths, alibi_slopes=slopes)
+        with torch.no_grad():
+            (*inputs, out, slopes)[index].mul_(2)
+        with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+            out.sum().backward()
+
+
+@every_form
+def test_form_results_may_be_changed_in_place(device: str, form: Form) -> None:
+    tensors, lengths = form.make(device)
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
+            results = form.function(*leaves(*tensors), *lengths, return_attn_probs=True, **FEATURES)
+            for result in results:
+                result += 1
+            assert results[0].requires_grad == results[1].requires_grad == recorded
+            assert not results[2].requires_grad
+
+
+@every_form
+def test_form_gradient_of_lse_is_used(device: str, form: Form) -> None:
+    """Alone and with that of out; both add up."""
+    tensors, lengths = form.make(device)
+    options = dict(return_attn_probs=True) | FEATURES
+
+    def gradients(use_out: bool, use_lse: bool) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(1)
+        inputs = leaves(*tensors)
+        out, lse, _ = form.function(*inputs, *lengths, **options)
+        loss = out.float().square().sum() * use_out
+        if use_lse:
+            loss = loss + lse.masked_fill(lse.isinf(), 0).square().sum()
+        return torch.autograd.grad(loss, inputs)
+
+    of_out, of_lse, of_both = gradients(True, False), gradients(False, True), gradients(True, True)
+    assert of_out[0].any() and of_lse[0].any()
+    for a, b, both in zip(of_out, of_lse, of_both):
+        torch.testing.assert_close(both.float(), a.float() + b.float(), rtol=0.02, atol=0.02)
+
+
+@every_form
+def test_slopes_get_no_gradient(device: str, form: Form) -> None:
+    tensors, lengths = form.make(device)
+    slopes = torch.full((2,), 0.1, device=device, requires_grad=True)
+    assert not form.function(*tensors, *lengths, alibi_slopes=slopes).requires_grad
+    inputs = leaves(*tensors)
+    form.function(*inputs, *lengths, alibi_slopes=slopes).sum().backward()
+    assert slopes.grad is None and all(t.grad is not None for t in inputs)
+
+
+@every_form
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+def test_form_in_a_checkpoint(device: str, form: Form, use_reentrant: bool) -> None:
+    """The recomputation draws the dropout of the first pass, in a region of several calls."""
+    tensors, lengths = form.make(device)
+
+    def block(*inputs: torch.Tensor) -> torch.Tensor:
+        first = form.function(*inputs, *lengths, **FEATURES)
+        return first + form.function(*inputs, *lengths, **FEATURES) * 2
+
+    results = []
+    for wrapped in (False, True):
+        torch.manual_seed(1)
+        inputs = leaves(*tensors)
+        if wrapped:
+            out = checkpoint(block, *inputs, use_reentrant=use_reentrant)
+        else:
+            out = block(*inputs)
+        torch.rand(3, device=device)  # what is drawn between the passes does not matter
+        out.sum().backward()
+        results.append((out.detach(), *(t.grad for t in inputs)))
+    for ours, want in zip(*results):
+        assert_bitwise("checkpoint", ours, want, form)

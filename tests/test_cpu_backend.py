@@ -14,7 +14,16 @@ from cases import AttnCase, Mask, generator, make_inputs, randn
 from oracle import attention_oracle, attention_peer
 from test_api import run_python
 
-from flash_attn import flash_attn_func
+from flash_attn import (
+    _reference,
+    _scores,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 
 def test_cuda_is_tested_here() -> None:
@@ -111,6 +120,84 @@ def test_gradcheck(case: AttnCase, deterministic: bool) -> None:
     assert torch.autograd.gradcheck(out_and_lse, inputs)
 
 
+FEATURES = {
+    "window": dict(window_size=(2, 1)),
+    "left_window": dict(window_size=(1, -1)),
+    "softcap": dict(softcap=0.7),
+    "alibi": dict(alibi_slopes=True),
+    "dropout": dict(dropout_p=0.4),
+    "causal_window": dict(causal=True, window_size=(3, 3)),
+    "softcap_dropout": dict(softcap=0.7, dropout_p=0.4),
+    "all": dict(window_size=(3, 1), softcap=1.1, alibi_slopes=True, dropout_p=0.2),
+}
+FORMS = {
+    "dense": (flash_attn_func, ((2, 3, 2, 2), (2, 5, 1, 2), (2, 5, 1, 2)), ()),
+    "kvpacked": (flash_attn_kvpacked_func, ((1, 6, 2, 2), (1, 3, 2, 1, 2)), ()),
+    "qkvpacked": (flash_attn_qkvpacked_func, ((2, 4, 3, 1, 2),), ()),
+    "varlen": (
+        flash_attn_varlen_func,
+        ((9, 2, 2), (10, 1, 2), (10, 1, 2)),
+        (torch.tensor([0, 3, 3, 8]).int(), torch.tensor([0, 4, 5, 9]).int(), 5, 4),
+    ),
+    "varlen_kvpacked": (
+        flash_attn_varlen_kvpacked_func,
+        ((9, 1, 2), (10, 2, 1, 2)),
+        (torch.tensor([0, 3, 8]).int(), torch.tensor([0, 5, 9]).int(), 5, 5),
+    ),
+    "varlen_qkvpacked": (
+        flash_attn_varlen_qkvpacked_func,
+        ((9, 3, 1, 2),),
+        (torch.tensor([0, 3, 3, 8]).int(), 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_of_features(form: str, feature: str) -> None:
+    """Gradients of out and LSE are those of the function as it is, dropout included."""
+    function, shapes, lengths = FORMS[form]
+    options = FEATURES[feature] | dict(softmax_scale=0.9, return_attn_probs=True)
+    gen = torch.Generator().manual_seed(len(form) + len(feature))
+    inputs = [torch.randn(s, generator=gen, dtype=torch.float64).requires_grad_() for s in shapes]
+    if "alibi_slopes" in options:
+        heads = shapes[0][-2]
+        batch = len(lengths[0]) - 1 if lengths else shapes[0][0]
+        options["alibi_slopes"] = torch.linspace(0.1, 1, batch * heads).view(batch, heads)
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(5)
+        out, lse, _ = function(*tensors, *lengths, **options)
+        return out, lse.masked_fill(lse.isinf(), 0.0)
+
+    out, lse = call(*inputs)
+    assert out.any() and lse.any()
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_tiles_and_parts_do_not_change_the_result(
+    feature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small tiles, one head at a time, give what one tile gives; dropout drops the same weights."""
+    options = FEATURES[feature] | dict(return_attn_probs=True)
+    case = AttnCase(70, 90, (4, 2), 8, Mask.none, "fp64", 2)
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = torch.linspace(0.1, 1, 8).view(2, 4)
+    x = make_inputs(case, "cpu")
+    results = []
+    for blocks in (None, (32, 48, 1)):
+        if blocks is not None:
+            for name, value in zip(("BLOCK_M", "BLOCK_N", "PART_SCORES"), blocks):
+                monkeypatch.setattr(_reference, name, value)
+        torch.manual_seed(5)
+        inputs = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+        out, lse, s_dmask = flash_attn_func(*inputs, **options)
+        results.append((out, lse, s_dmask, *torch.autograd.grad(out, inputs, x.dout)))
+    for ours, want in zip(*results):
+        torch.testing.assert_close(ours, want)
+
+
 PEAK = """
 import resource
 import torch
@@ -122,8 +209,8 @@ def run(seqlen_q, seqlen_k, heads, heads_kv):
     q = torch.randn(1, seqlen_q, heads, 64, dtype={dtype}).requires_grad_()
     kv = torch.randn(2, 1, seqlen_k, heads_kv, 64, dtype={dtype})
     k, v = (t.requires_grad_() for t in kv)
-    result = flash_attn_func(q, k, v, causal={causal}, return_attn_probs={lse})
-    out, extra = (result[0], result[1].sum()) if {lse} else (result, 0)
+    result = flash_attn_func(q, k, v, causal={causal}, {options})
+    out, extra = (result, 0) if torch.is_tensor(result) else (result[0], result[1].sum())
     (out.sum() + extra).backward()
 
 run(300, 300, {heads})
@@ -134,20 +221,45 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "causal", "seqlen_q", "heads", "lse"),
+    ("dtype", "causal", "seqlen_q", "heads", "options"),
     [
-        ("torch.float32", True, 8192, "1, 1", False),
-        ("torch.bfloat16", False, 8192, "1, 1", False),
-        ("torch.float32", True, 8000, "2, 1", True),
+        ("torch.float32", True, 8192, "1, 1", ""),
+        ("torch.bfloat16", False, 8192, "1, 1", ""),
+        ("torch.float32", True, 8000, "2, 1", "return_attn_probs=True"),
+        ("torch.float32", False, 8192, "1, 1", "window_size=(900, 100), softcap=9.0"),
+        ("torch.float32", True, 8192, "1, 1", "dropout_p=0.1, alibi_slopes=torch.ones(1)"),
     ],
 )
 def test_memory_is_linear_in_the_sequence_length(
-    dtype: str, causal: bool, seqlen_q: int, heads: str, lse: bool
+    dtype: str, causal: bool, seqlen_q: int, heads: str, options: str
 ) -> None:
     """8192 x 8192 scores alone would take 256 MiB in fp32; all tensors of the call take 30."""
-    code = PEAK.format(dtype=dtype, causal=causal, seqlen_q=seqlen_q, heads=heads, lse=lse)
+    code = PEAK.format(dtype=dtype, causal=causal, seqlen_q=seqlen_q, heads=heads, options=options)
     grown_kib = int(run_python(code).split()[-1])
     assert grown_kib < 128 * 1024, f"peak memory grew by {grown_kib // 1024} MiB"
+
+
+def test_work_is_linear_in_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that no query sees are not computed, in either pass."""
+    visited = 0
+    tile = _scores.Scores.tile
+
+    def counted(self: _scores.Scores, *arguments: object) -> tuple:
+        nonlocal visited
+        result = tile(self, *arguments)
+        visited += result[0].numel()
+        return result
+
+    monkeypatch.setattr(_scores.Scores, "tile", counted)
+    seqlen, left, right = 5000, 300, 50
+    inputs = [torch.randn(1, seqlen, 1, 4, requires_grad=True) for _ in range(3)]
+    out = flash_attn_func(*inputs, window_size=(left, right))
+    keys = left + right + 1 + _scores.BLOCK_M + 16  # of a block of queries
+    assert seqlen * (left + right) < visited < seqlen * keys
+    visited = 0
+    torch.autograd.grad(out.sum(), inputs)
+    queries = left + right + 1 + _scores.BLOCK_N + _scores.BLOCK_M + 16  # of a block of keys
+    assert seqlen * (left + right) < visited < seqlen * queries
 
 
 def unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:

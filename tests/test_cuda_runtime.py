@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from cases import AttnCase, Inputs, Mask, cuda_build, is_built, make_inputs, on_devices
-from harness import assert_bitwise, assert_nearly, assert_same_result, check_case, leaves, run_flash
-from oracle import Result
+from cases import (
+    FEATURE_SETS,
+    AttnCase,
+    Case,
+    Inputs,
+    Mask,
+    VarlenCase,
+    VarlenInputs,
+    cuda_build,
+    cumulative,
+    is_built,
+    make_inputs,
+    make_varlen_inputs,
+    on_devices,
+)
+from harness import (
+    assert_bitwise,
+    assert_nearly,
+    assert_same_result,
+    check_case,
+    features_of,
+    leaves,
+    peek_rng_state,
+    run_flash,
+    run_varlen,
+)
+from oracle import Result, attention_oracle, attention_peer, check_result
+from philox import keeps
 from torch import Tensor
 
-from flash_attn import flash_attn_func
+from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 DIMS = (32, 64, 96, 128, 192, 256)
 pytestmark = pytest.mark.cuda
@@ -303,3 +330,282 @@ def test_two_gpus_at_once(device: str) -> None:
             for field in ("out", "lse", "dq", "dk", "dv"):
                 want = getattr(first, field).cpu()
                 assert_bitwise(field, getattr(run, field).cpu(), want, name)
+
+
+# Features and sequences of different lengths.
+
+LENGTHS = (130, 0, 257, 33, 1)
+VARLEN = [
+    VarlenCase(LENGTHS, LENGTHS[::-1], (4, 2), d, mask, dtype, (20, 30), **features)
+    for d, mask, dtype, features in zip(
+        (*DIMS, 33), (Mask.causal, Mask.none) * 4, ("bf16", "fp16") * 4, ({}, *FEATURE_SETS[::-1])
+    )
+]
+FEATURED = [
+    AttnCase(130, 193, (4, 2), d, mask, dtype, 2, **features)
+    for d, mask, dtype, features in zip(
+        (*DIMS, 33), (Mask.causal, Mask.none) * 4, ("bf16", "fp16") * 4, FEATURE_SETS
+    )
+]
+
+
+@on_devices(cuda=[*FEATURED, *VARLEN])
+def test_side_stream_with_features(device: str, case: Case) -> None:
+    """Also what the host writes for a call: lengths, tile lists, seeds."""
+    dense = isinstance(case, AttnCase)
+    x = make_inputs(case, device) if dense else make_varlen_inputs(case, device)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+
+    def run(y: Inputs) -> Result:
+        return run_flash(y.q, y.k, y.v, y.dout, **options) if dense else run_varlen(y, **options)
+
+    want = run(x)
+    busy = torch.randn(2048, 2048, device=device)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        late = x.map(lambda t: torch.full_like(t, torch.nan))
+        if not dense:
+            late = replace(late, cu_seqlens_q=torch.zeros_like(x.cu_seqlens_q))
+        for _ in range(20):
+            busy = busy @ busy * 1e-3
+        for name in ("q", "k", "v", "dout"):
+            getattr(late, name).copy_(getattr(x, name))
+        if not dense:
+            late.cu_seqlens_q.copy_(x.cu_seqlens_q)
+        ours = run(late)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same_result(ours, want, case, dq_bitwise=True)
+
+
+@on_devices(cuda=FEATURED)
+def test_features_do_not_synchronise(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    q, k, v = leaves(x.q, x.k, x.v)
+    options = features_of(case, device) | dict(causal=case.causal)
+    flash_attn_func(q, k, v, **options).backward(x.dout)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for deterministic in (False, True):
+            out = flash_attn_func(q, k, v, deterministic=deterministic, **options)
+            out.backward(x.dout)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def peak_of(function: Callable[[], object]) -> int:
+    """Bytes that a call has in use at most, beside what was in use before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - base
+
+
+LONG_FEATURED = [
+    AttnCase(8192, 8192, (8, 1), d, Mask.causal, **features)
+    for d, features in product((64, 128), FEATURE_SETS)
+]
+LONG_VARLEN = [
+    VarlenCase(lengths, lengths, (8, 1), d, Mask.causal, **features)
+    for lengths, d, features in (
+        ((8192,), 64, {}),
+        ((2048, 100, 0, 6000), 128, FEATURE_SETS[-1]),
+        ((4,) * 2048, 64, {}),
+    )
+]
+
+
+@on_devices(cuda=[*LONG_FEATURED, *LONG_VARLEN])
+def test_memory_with_features_is_linear_and_bounded_in_deterministic_mode(
+    device: str, case: Case
+) -> None:
+    """Forward: out and lse. Backward: as without features, alike in both modes."""
+    dense = isinstance(case, AttnCase)
+    x = make_inputs(case, device) if dense else make_varlen_inputs(case, device)
+    options = features_of(case, device) | dict(causal=True)
+    lengths = () if dense else (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
+    function = flash_attn_func if dense else flash_attn_varlen_func
+    q, k, v = leaves(x.q, x.k, x.v)
+    q_bytes, kv_bytes = (t.numel() * t.element_size() for t in (x.q, x.k))
+    rows = x.q.numel() // case.head_dim
+    slack = 4 << 20
+    used = []
+    for deterministic in (False, True):
+        results: list[Tensor] = []
+
+        def forward(deterministic: bool = deterministic, results: list = results) -> None:
+            results.append(function(q, k, v, *lengths, deterministic=deterministic, **options))
+
+        forward_bytes = peak_of(forward)
+        assert forward_bytes <= q_bytes + 4 * rows + slack, (
+            f"forward uses {forward_bytes >> 20} MiB"
+        )
+        out = results[0]
+        used.append(peak_of(lambda out=out: torch.autograd.grad(out, (q, k, v), x.dout)))
+    limit = q_bytes + 2 * kv_bytes + 2 * q_bytes + 32 * rows + slack
+    if not dense:
+        limit += 128 * case.batch * case.heads[0] * (4 * case.head_dim + 32)  # rounded-up sequences
+    assert used[0] <= limit, f"backward uses {used[0] >> 20} MiB, limit {limit >> 20}"
+    assert used[1] - used[0] <= 2 << 20, f"deterministic mode uses {used}"
+
+
+@on_devices(
+    cuda=[
+        AttnCase(2**20, 2**20, (1, 1), 64, Mask.causal, window=(1024, 0)),
+        AttnCase(2**20, 2**20, (2, 1), 128, Mask.none, "fp16", window=(200, 300)),
+    ]
+)
+def test_window_of_a_very_long_sequence(device: str, case: AttnCase) -> None:
+    """A million tokens take as long as their windows; first, middle and last rows by the oracle."""
+    x = make_inputs(case, device)
+    ours = run_flash(
+        *(x.q, x.k, x.v, x.dout),
+        causal=case.causal,
+        window_size=case.window,
+    )
+    left, right = case.window[0], 0 if case.causal else case.window[1]
+    n = case.seqlen_q
+    for first in (0, n // 2 + 37, n - 64):
+        rows = slice(first, first + 64)
+        keys = slice(max(first - left, 0), min(first + 64 + right, n))
+        # The rows as a problem of their own, whose last query stands `shift` before the last key.
+        shift = keys.stop - (first + 64)
+        exact = dict(scale=case.scale, causal=False, window_size=(left + shift, right - shift))
+        part = (x.q[:, rows], x.k[:, keys], x.v[:, keys])
+        want, peer = attention_oracle(*part, **exact), attention_peer(*part, **exact)
+        message = f"{case}, rows {first}"
+        check_result(Result(ours.out[:, rows], ours.lse[..., rows]), peer, want, case=message)
+    # Every key's gradient of V: columns of P sum to about 1, so none is left out.
+    ones = run_flash(
+        x.q, x.k, x.v, torch.ones_like(x.q), causal=case.causal, window_size=case.window
+    )
+    total = ones.dv.double().sum((1, 2))
+    expected = torch.full_like(total, n * case.heads[0])
+    torch.testing.assert_close(total, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.slow
+@on_devices(
+    cuda=[
+        AttnCase(50_000, 50_000, (2, 1), 64, Mask.none, dropout=0.3),
+        AttnCase(50_000, 50_000, (2, 2), 128, Mask.causal, "fp16", dropout=0.3),
+    ]
+)
+def test_s_dmask_of_more_than_2_to_the_31_elements_O4(device: str, case: AttnCase) -> None:
+    needs_memory(40)
+    x = make_inputs(case, device)
+    torch.manual_seed(3)
+    state = peek_rng_state(x.q, case.batch, case.heads[0]).tolist()
+    _, _, probs = flash_attn_func(
+        x.q, x.k, x.v, dropout_p=case.dropout, causal=case.causal, return_attn_probs=True
+    )
+    n = case.seqlen_q
+    assert probs.shape == (1, 2, 50_048, 50_048)
+    gen = torch.Generator().manual_seed(1)
+    for head, row in product((0, 1), (0, 25_000, n - 1)):
+        key = x.k[0, :, head // (case.heads[0] // case.heads[1])].double()
+        scores = key @ x.q[0, row, head].double() * case.scale
+        if case.causal:
+            scores[row + 1 :] = -torch.inf
+        want = (scores - scores.max()).exp()
+        got = probs[0, head, row, :n]
+        torch.testing.assert_close(got.abs().double(), want, rtol=8e-3, atol=1e-6)
+        for col in torch.randint(row + 1 if case.causal else n, (60,), generator=gen).tolist():
+            kept = keeps(*state, head, row, col, case.dropout)
+            assert got[col] == 0 or got[col].signbit().item() != kept, (head, row, col)
+    assert not probs[:, :, n:].any() and not probs[..., n:].any()
+
+
+@pytest.mark.slow
+@on_devices(cuda=[VarlenCase((4096,) * 2**14, (64,) * 2**14, (33, 1), 8, Mask.causal)])
+def test_lse_of_more_than_2_to_the_31_elements_O6(device: str, case: VarlenCase) -> None:
+    """Forward alone; its last sequences equal a run of their own."""
+    needs_memory(100)
+    gen = torch.Generator(device).manual_seed(0)
+    q = torch.empty(case.q_shape, dtype=case.torch_dtype, device=device).normal_(generator=gen)
+    k, v = (
+        torch.empty(case.kv_shape, dtype=case.torch_dtype, device=device).normal_(generator=gen)
+        for _ in range(2)
+    )
+    cu_q, cu_k = cumulative(case.lengths_q, device), cumulative(case.lengths_k, device)
+    with torch.no_grad():
+        out, lse, _ = flash_attn_varlen_func(
+            *(q, k, v, cu_q, cu_k, 4096, 64), causal=True, return_attn_probs=True
+        )
+    assert lse.numel() > 2**31
+    for first in (0, case.batch // 2, case.batch - 3):
+        rows, cols = (slice(int(c[first]), int(c[first + 3])) for c in (cu_q, cu_k))
+        part = VarlenInputs(
+            *(q[rows], k[cols], v[cols], q[rows]),
+            *(cumulative((4096,) * 3, device), cumulative((64,) * 3, device), 4096, 64),
+        )
+        want = run_varlen(part, causal=True, backward=False)
+        assert_bitwise("out", out[rows], want.out, f"{case}, sequences from {first}")
+        assert_bitwise("lse", lse[:, rows], want.lse, f"{case}, sequences from {first}")
+
+
+@pytest.mark.slow
+@on_devices(cuda=[case for case in VARLEN if case.head_dim % 8 == 0])
+def test_varlen_offsets_beyond_32_bits_O1(device: str, case: VarlenCase) -> None:
+    """The rows' stride puts the last of them more than 2^32 elements from the first."""
+    needs_memory(24)
+    dense = make_varlen_inputs(case, device)
+    rows = max(case.q_shape[0], case.kv_shape[0]) - 1
+    stride = (2**32 // rows // 64 + 1) * 64
+    storage = torch.empty(stride * rows + 2**22, dtype=case.torch_dtype, device=device)
+    numbers = iter(range(4))
+
+    def spread(x: Tensor) -> Tensor:
+        offset = next(numbers) * 2**19
+        view = storage.as_strided(x.shape, (stride, case.head_dim, 1), storage_offset=offset)
+        return view.copy_(x)
+
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+    want = run_varlen(dense, **options)
+    assert_same_result(run_varlen(dense.map(spread), **options), want, case, dq_bitwise=True)
+
+
+@pytest.mark.slow
+@on_devices(cuda=[VarlenCase((64,) * 7, (64,) * 7, (4, 2), d) for d in (64, 128, 256)])
+def test_pages_beyond_32_bits_O3(device: str, case: VarlenCase) -> None:
+    """A cache of so many pages that the last ones lie more than 2^32 elements from the first."""
+    needs_memory(40)
+    x = make_varlen_inputs(case, device)
+    page = 64 * case.heads[1] * case.head_dim
+    blocks = 2**32 // page + 8
+    used = [0, blocks - 1, blocks // 2, blocks - 2, 1, blocks // 2 + 1, blocks - 3]
+    shape = (blocks, 64, case.heads[1], case.head_dim)
+    k, v = (torch.empty(shape, dtype=case.torch_dtype, device=device) for _ in range(2))
+    for n, block in enumerate(used):
+        k[block], v[block] = x.k[64 * n : 64 * n + 64], x.v[64 * n : 64 * n + 64]
+    table = torch.tensor(used, dtype=torch.int32, device=device)[:, None]
+    want = run_varlen(x, causal=False, backward=False)
+    ours = run_varlen(replace(x, k=k, v=v), causal=False, backward=False, block_table=table)
+    assert_nearly("out", ours.out, want.out, case)
+    assert_nearly("lse", ours.lse, want.lse, case)
+
+
+@pytest.mark.gpus(2)
+@on_devices(cuda=[*FEATURED, *VARLEN])
+def test_features_on_the_second_gpu_while_the_first_is_current_L6(device: str, case: Case) -> None:
+    """Slopes, lengths, seeds and workspaces are on the tensors' device."""
+    dense = isinstance(case, AttnCase)
+    x = make_inputs(case, device) if dense else make_varlen_inputs(case, device)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+    y = x.map(lambda t: t.to("cuda:1"))
+    if not dense:
+        lengths = (x.cu_seqlens_q.to("cuda:1"), x.cu_seqlens_k.to("cuda:1"))
+        y = replace(y, cu_seqlens_q=lengths[0], cu_seqlens_k=lengths[1])
+    there = {n: o.to("cuda:1") if isinstance(o, Tensor) else o for n, o in options.items()}
+    assert torch.cuda.current_device() == 0
+    if dense:
+        want = run_flash(x.q, x.k, x.v, x.dout, **options)
+        ours = run_flash(y.q, y.k, y.v, y.dout, **there)
+    else:
+        want, ours = run_varlen(x, **options), run_varlen(y, **there)
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        t = getattr(ours, name)
+        assert t.device == torch.device("cuda:1"), name
+        assert_bitwise(name, t.cpu(), getattr(want, name).cpu(), case)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from cases import AttnCase, Inputs, Mask, make_inputs, on_devices
-from harness import assert_nearly, assert_same_result, run_flash
+from cases import (
+    FEATURE_SETS,
+    AttnCase,
+    Inputs,
+    Mask,
+    VarlenCase,
+    VarlenInputs,
+    make_inputs,
+    make_varlen_inputs,
+    on_devices,
+)
+from harness import assert_nearly, assert_same_result, features_of, run_flash, run_varlen
 from oracle import Result
 from torch import Tensor
 
@@ -215,3 +226,76 @@ def test_dout_expanded_from_a_sum(device: str, case: AttnCase) -> None:
     want = run_flash(x.q, x.k, x.v, torch.ones_like(x.q), **options)
     ours = Result(want.out, want.lse, x.q.grad, x.k.grad, x.v.grad)
     assert_same(ours, want, device, case)
+
+
+# Features, and sequences in one tensor: each layout with one configuration of each.
+FEATURED = [
+    AttnCase(97, 130, (4, 2), d, mask, dtype, 2, **features)
+    for d, mask, dtype, features in zip(
+        (64, 128, 96, 256, 40, 32, 192),
+        (Mask.causal, Mask.none) * 4,
+        ("bf16", "fp16") * 4,
+        FEATURE_SETS,
+    )
+]
+featured = on_devices(cpu=[c.but(dtype="fp32") for c in FEATURED[::3]], cuda=FEATURED)
+
+
+@featured
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_layout_of_all_inputs_with_features(device: str, case: AttnCase, layout: Layout) -> None:
+    dense = make_inputs(case, device)
+    x = dense.map(layout)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+    want = run_flash(dense.q, dense.k, dense.v, dense.dout, **options)
+    assert_same(run_flash(x.q, x.k, x.v, x.dout, **options), want, device, case)
+
+
+def as_batch(layout: Layout) -> Layout:
+    """The same layout for (total, h, d)."""
+
+    def apply(x: Tensor) -> Tensor:
+        return layout(x[None])[0]
+
+    apply.__name__ = layout.__name__
+    return apply
+
+
+def columns_first(x: Tensor) -> Tensor:
+    """(d, h, total) storage."""
+    return x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+
+
+def one_of_three(x: Tensor) -> Tensor:
+    """A part of a packed (total, 3, h, d)."""
+    return buffer_like(x, x.shape[0], 3, *x.shape[1:])[:, 1].copy_(x)
+
+
+VARLEN_LAYOUTS = [as_batch(f) for f in LAYOUTS if f not in (sequence_first, odd_batch_stride)]
+VARLEN_LAYOUTS += [columns_first, one_of_three]
+LENGTHS = (33, 0, 130, 7)
+VARLEN = [
+    VarlenCase(LENGTHS, LENGTHS[::-1], (4, 2), 64, Mask.causal),
+    VarlenCase(LENGTHS, LENGTHS, (2, 1), 128, Mask.none, "fp16", (9, 20)),
+    VarlenCase(LENGTHS, LENGTHS, (2, 2), 40, Mask.causal, "fp16", **FEATURE_SETS[-1]),
+    VarlenCase(LENGTHS, LENGTHS, (4, 1), 256, Mask.causal, "bf16", (0, 9), window=(20, 3)),
+    VarlenCase(LENGTHS, LENGTHS, (2, 1), 33, Mask.causal),
+]
+
+
+@on_devices(cpu=[c.but(dtype="fp32") for c in VARLEN[::2]], cuda=VARLEN)
+@pytest.mark.parametrize("layout", VARLEN_LAYOUTS, ids=lambda f: f.__name__)
+def test_layout_of_all_varlen_inputs(device: str, case: VarlenCase, layout: Layout) -> None:
+    dense = make_varlen_inputs(case, device)
+    x: VarlenInputs = dense.map(layout)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+    assert_same(run_varlen(x, **options), run_varlen(dense, **options), device, case)
+
+
+@on_devices(cpu=[c.but(dtype="fp32") for c in VARLEN[::2]], cuda=VARLEN)
+def test_varlen_dout_expanded_from_a_sum(device: str, case: VarlenCase) -> None:
+    x = make_varlen_inputs(case, device)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+    ones = replace(x, dout=torch.ones_like(x.dout))
+    expanded = replace(x, dout=torch.ones((), dtype=x.q.dtype, device=device).expand_as(x.q))
+    assert_same(run_varlen(expanded, **options), run_varlen(ones, **options), device, case)

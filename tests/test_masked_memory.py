@@ -8,8 +8,25 @@ from itertools import product
 
 import pytest
 import torch
-from cases import AttnCase, Inputs, Mask, everywhere, make_inputs, on_devices
-from harness import assert_bitwise, assert_same_result, check_case, run_flash
+from cases import (
+    FEATURE_SETS,
+    AttnCase,
+    Inputs,
+    Mask,
+    VarlenCase,
+    everywhere,
+    make_inputs,
+    make_varlen_inputs,
+    on_devices,
+)
+from harness import (
+    assert_bitwise,
+    assert_same_result,
+    check_case,
+    features_of,
+    run_flash,
+    run_varlen,
+)
 
 DIMS = (32, 64, 96, 128, 192, 256)
 RAGGED = [
@@ -178,3 +195,85 @@ def test_inputs_are_not_changed(device: str, case: AttnCase) -> None:
     run_flash(x.q, x.k, x.v, x.dout, causal=case.causal)
     for name in ("q", "k", "v", "dout"):
         assert_bitwise(name, getattr(x, name), getattr(before, name), case)
+
+
+FEATURED = [
+    AttnCase(sq, sk, (4, 2), d, mask, batch=2, **features)
+    for ((sq, sk), mask), d, features in product(
+        (((100, 75), Mask.none), ((33, 190), Mask.causal)), DIMS, FEATURE_SETS
+    )
+]
+SEQUENCES = (100, 0, 33, 129, 1)
+VARLEN = [
+    VarlenCase(SEQUENCES, SEQUENCES[::-1], (4, 2), d, mask, "bf16", (20, 130), **features)
+    for d, (mask, features) in product(
+        DIMS, ((Mask.causal, {}), (Mask.none, FEATURE_SETS[1]), (Mask.causal, FEATURE_SETS[-1]))
+    )
+]
+
+
+@on_devices(cpu=[c.but(dtype="fp32") for c in FEATURED[::11]], cuda=FEATURED)
+def test_rows_past_the_ends_are_not_used_by_features(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    ours = check_case(case, x.map(lambda t: inside(t, torch.nan)), deterministic=True)
+    if device == "cuda":
+        options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+        want = run_flash(x.q, x.k, x.v, x.dout, **options)
+        assert_same_result(ours, want, case, dq_bitwise=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic.*")
+@on_devices(cpu=[c.but(dtype="fp32") for c in FEATURED[::15]], cuda=FEATURED[::2])
+def test_features_do_not_depend_on_what_memory_held(device: str, case: AttnCase) -> None:
+    x = make_inputs(case, device)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+    want = run_flash(x.q, x.k, x.v, x.dout, **options)
+    with uninitialised_memory_is_nan():
+        ours = run_flash(x.q, x.k, x.v, x.dout, **options)
+    assert_same_result(ours, want, case, dq_bitwise=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic.*")
+@on_devices(cpu=[c.but(dtype="fp32") for c in VARLEN[:3]], cuda=VARLEN)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+def test_varlen_does_not_depend_on_what_memory_held(
+    device: str, case: VarlenCase, deterministic: bool
+) -> None:
+    """Rows of no sequence too: their results are written, not left."""
+    x = make_varlen_inputs(case, device)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=deterministic)
+    want = run_varlen(x, **options)
+    with uninitialised_memory_is_nan():
+        ours = run_varlen(x, **options)
+    assert_same_result(ours, want, case, dq_bitwise=deterministic)
+    for t in (ours.out, ours.dq, ours.dk, ours.dv):
+        assert t.isfinite().all(), case
+
+
+@everywhere(*FEATURED[:: len(FEATURE_SETS) + 1])
+def test_batches_and_heads_do_not_mix_in_features(device: str, case: AttnCase) -> None:
+    """NaN in one batch entry, and in one group of heads, stays there."""
+    x = make_inputs(case, device)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+    want = run_flash(x.q, x.k, x.v, x.dout, **options)
+    bad = x.map(torch.clone)
+    for t in (bad.q, bad.k, bad.v, bad.dout):
+        t[1, :, t.shape[2] // 2 :] = torch.nan
+    ours = run_flash(bad.q, bad.k, bad.v, bad.dout, **options)
+    for name in ("out", "dq", "dk", "dv"):
+        mine, clean = getattr(ours, name), getattr(want, name)
+        half = mine.shape[2] // 2
+        assert_bitwise(name, mine[0], clean[0], f"{case}, batch 0")
+        assert_bitwise(name, mine[1, :, :half], clean[1, :, :half], f"{case}, batch 1")
+
+
+@everywhere(*VARLEN[:3])
+def test_varlen_inputs_are_not_changed(device: str, case: VarlenCase) -> None:
+    x, options = make_varlen_inputs(case, device), features_of(case, device)
+    tensors = [x.q, x.k, x.v, x.dout, x.cu_seqlens_q, x.cu_seqlens_k]
+    if "alibi_slopes" in options:
+        tensors.append(options["alibi_slopes"])
+    before = [t.clone() for t in tensors]
+    run_varlen(x, causal=case.causal, **options)
+    for index, (now, then) in enumerate(zip(tensors, before)):
+        assert_bitwise(f"input {index}", now, then, case)

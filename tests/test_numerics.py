@@ -154,3 +154,15 @@ def test_nan_and_inf_in_a_query_stay_in_its_row(device: str, case: AttnCase) -> 
         assert out[0, 70, 1].isnan().all(), f"{value}; case {case}"
         out[0, 70, 1] = clean[0, 70, 1]
         assert_nearly("out", out, clean, f"{value} in q; case {case}")
+
+
+SQUARE = [SHAPE.but(seqlen_q=150, seqlen_k=150, head_dim=d) for d in (64, 128)]
+
+
+@everywhere(*SQUARE, SQUARE[0].but(dtype="fp16"))
+@pytest.mark.parametrize("scale", [0.0, -0.3], ids=str)
+def test_scale_0_and_negative_with_as_many_queries_as_keys_N2(
+    device: str, case: AttnCase, scale: float
+) -> None:
+    """The kernel that other libraries use for this shape scales what is hidden: -inf * 0."""
+    check_case(case, make_inputs(case, device), scale=scale)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
 from cases import AttnCase, Mask, everywhere, make_inputs
 from harness import assert_nearly, leaves, run_flash
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from flash_attn import flash_attn_func
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 CASES = [
     AttnCase(33, 47, (4, 2), 64, Mask.causal, batch=2),
@@ -20,56 +30,197 @@ CASES = [
 ]
 NATIVE = [case for case in CASES if case.head_dim % 8 == 0]
 
+OPTIONS = (
+    "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
+    "Tensor? alibi_slopes, float dropout_p, Tensor? rng_state"
+)
+LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+GRADIENTS_OF = (
+    "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse"
+)
+INTO = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
+SCHEMAS = {
+    "fwd": f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor out, Tensor softmax_lse)",
+    "bwd": f"({GRADIENTS_OF}, {OPTIONS}, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "bwd_into": f"({GRADIENTS_OF}, {OPTIONS}, bool deterministic, {INTO}) -> ()",
+    "varlen_fwd": "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "Tensor? seqused_k, Tensor? leftpad_k, Tensor? block_table, SymInt max_seqlen_q, "
+    f"SymInt max_seqlen_k, {OPTIONS}) -> (Tensor out, Tensor softmax_lse)",
+    "varlen_bwd": f"({GRADIENTS_OF}, {LENGTHS}, {OPTIONS}, bool deterministic) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    "varlen_bwd_into": f"({GRADIENTS_OF}, {LENGTHS}, {OPTIONS}, bool deterministic, {INTO}) -> ()",
+    "draw_rng_state": "(Tensor like, SymInt increment) -> Tensor",
+    "attn_probs": "(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    f"{OPTIONS.replace('Tensor? rng_state', 'Tensor rng_state')}) -> Tensor",
+}
 
-def test_schemas() -> None:
-    assert str(torch.ops.flash_attn.fwd.default._schema) == (
-        "flash_attn::fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal) "
-        "-> (Tensor out, Tensor softmax_lse)"
-    )
-    assert str(torch.ops.flash_attn.bwd.default._schema) == (
-        "flash_attn::bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-        "Tensor? dlse, float softmax_scale, bool causal, bool deterministic) "
-        "-> (Tensor dq, Tensor dk, Tensor dv)"
-    )
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema(name: str) -> None:
+    op = getattr(torch.ops.flash_attn, name).default
+    assert str(op._schema) == f"flash_attn::{name}{SCHEMAS[name]}"
+    assert torch.Tag.pt2_compliant_tag in op.tags
+    assert (torch.Tag.nondeterministic_seeded in op.tags) == (name == "draw_rng_state")
 
 
-def test_operators_are_registered(device: str) -> None:
-    key = device.upper()
-    for name in ("flash_attn::fwd", "flash_attn::bwd"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{name} on {key}"
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"), f"{name} on Meta"
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_operator_is_registered(device: str, name: str) -> None:
+    for key in (device.upper(), "Meta"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_attn::{name}", key), key
+
+
+@dataclass
+class Call:
+    """Arguments of all operators for one problem, dense or of two sequences and rows of none."""
+
+    case: AttnCase
+    varlen: bool
+    with_features: bool
+    device: str
+
+    def __post_init__(self) -> None:
+        x = make_inputs(self.case, self.device)
+        self.inputs = [x.q, x.k, x.v]
+        self.dout = x.dout
+        heads_q, batch = self.case.heads[0], self.case.batch
+        self.options = (self.case.scale, self.case.causal, -1, -1, 0.0, None, 0.0, None)
+        if self.with_features:
+            slopes = torch.linspace(0.1, 0.9, heads_q, device=self.device)
+            rng_state = torch.tensor([7, 64], device=self.device)
+            self.options = (self.case.scale, False, 20, 9, 3.0, slopes, 0.25, rng_state)
+        self.name, self.lengths = "", ()
+        self.shape = (batch, heads_q, self.case.seqlen_q)
+        self.probs = (None, None, self.case.seqlen_q, self.case.seqlen_k)
+        if self.varlen:
+            self.inputs = [t.flatten(0, 1) for t in self.inputs]
+            self.dout = self.dout.flatten(0, 1)
+            ends = [[0, t.shape[0] // 3, t.shape[0] - 4] for t in self.inputs[:2]]
+            cu_seqlens = [torch.tensor(e, dtype=torch.int32, device=self.device) for e in ends]
+            longest = [max(e[1], e[2] - e[1]) for e in ends]
+            self.name, self.lengths = "varlen_", (*cu_seqlens, *longest)
+            self.shape = (heads_q, self.inputs[0].shape[0])
+            self.probs = self.lengths
+
+    def op(self, name: str) -> torch._ops.OpOverload:
+        return getattr(torch.ops.flash_attn, self.name + name).default
+
+    def forward(self) -> tuple:
+        lengths = self.lengths
+        if lengths:
+            lengths = (*lengths[:2], None, None, None, *lengths[2:])
+        return *self.inputs, *lengths, *self.options
+
+    def backward(self, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple:
+        return self.dout, *self.inputs, out, lse, dlse, *self.lengths, *self.options, True
+
+    def probabilities(self) -> tuple:
+        options = self.options
+        if options[-1] is None:
+            options = (*options[:-1], torch.tensor([7, 64], device=self.device))
+        return *self.inputs[:2], *self.probs, *options
+
+
+kinds = pytest.mark.parametrize(
+    ("varlen", "with_features"),
+    [(False, False), (False, True), (True, False), (True, True)],
+    ids=["dense", "dense-features", "varlen", "varlen-features"],
+)
 
 
 @everywhere(*NATIVE)
-@pytest.mark.parametrize("with_dlse", [False, True], ids=["", "dlse"])
-def test_opcheck(device: str, case: AttnCase, with_dlse: bool) -> None:
-    x = make_inputs(case, device)
-    forward = (x.q, x.k, x.v, case.scale, case.causal)
-    torch.library.opcheck(torch.ops.flash_attn.fwd.default, forward)
-    out, lse = torch.ops.flash_attn.fwd(*forward)
-    dlse = torch.ones_like(lse) if with_dlse else None
-    backward = (x.dout, x.q, x.k, x.v, out, lse, dlse, case.scale, case.causal, True)
-    torch.library.opcheck(torch.ops.flash_attn.bwd.default, backward)
+@kinds
+def test_opcheck(device: str, case: AttnCase, varlen: bool, with_features: bool) -> None:
+    call = Call(case, varlen, with_features, device)
+    torch.library.opcheck(call.op("fwd"), call.forward())
+    out, lse = call.op("fwd")(*call.forward())
+    for dlse in (None, torch.ones_like(lse)):
+        backward = call.backward(out, lse, dlse)
+        torch.library.opcheck(call.op("bwd"), backward)
+        grads = [torch.zeros_like(t) for t in call.inputs]
+        torch.library.opcheck(call.op("bwd_into"), (*backward, *grads))
+    torch.library.opcheck(torch.ops.flash_attn.attn_probs.default, call.probabilities())
+
+
+def test_opcheck_of_the_generator(device: str) -> None:
+    like = torch.zeros(2, device=device)
+    op = torch.ops.flash_attn.draw_rng_state.default
+    state = op(like, 64)
+    assert state.dtype == torch.int64 and state.shape == (2,) and state.device == like.device
+    assert not torch.equal(op(like, 64), state)
+    # The remaining check compares two calls, which draw two numbers.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, (like, 64), test_utils=checks)
+
+
+@everywhere(CASES[1])
+@pytest.mark.parametrize("with_features", [False, True], ids=["plain", "features"])
+def test_opcheck_of_internal_names(device: str, case: AttnCase, with_features: bool) -> None:
+    """What other libraries call: custom operators that write gradients where they are told."""
+    scale, causal, left, right, softcap, slopes, _, _ = Call(
+        case, False, with_features, device
+    ).options
+    tail = (0.0, scale, causal, left, right, softcap, slopes)
+    for varlen in (False, True):
+        call = Call(case, varlen, with_features, device)
+        kind = "_varlen" if varlen else ""
+        forward = getattr(torch.ops.flash_attn, f"_flash_attn{kind}_forward").default
+        arguments = (*call.inputs, *call.lengths, *tail, False)
+        torch.library.opcheck(forward, arguments)
+        out, lse, _, rng_state = forward(*arguments)
+        backward = getattr(torch.ops.flash_attn, f"_flash_attn{kind}_backward").default
+        grads = [torch.zeros_like(t) for t in call.inputs]
+        arguments = (call.dout, *call.inputs, out, lse, *grads, *call.lengths, *tail, True)
+        torch.library.opcheck(backward, (*arguments, rng_state))
+
+
+@everywhere(CASES[0])
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+def test_gradients_are_written_into_slices(device: str, case: AttnCase, varlen: bool) -> None:
+    """Every element, whatever was there; nothing between the slices."""
+    call = Call(case, varlen, True, device)
+    out, lse = call.op("fwd")(*call.forward())
+    backward = call.backward(out, lse, None)
+    want = call.op("bwd")(*backward)
+    heads = max(case.heads)
+    grads = []
+    for t in call.inputs:
+        wide = torch.full((*t.shape[:-2], 3, heads + 1, t.shape[-1] + 8), torch.nan, device=device)
+        grads.append(wide.to(t.dtype)[..., 1, : t.shape[-2], : t.shape[-1]])
+    assert call.op("bwd_into")(*backward, *grads) is None
+    for name, grad, expected in zip(("dq", "dk", "dv"), grads, want):
+        assert torch.equal(grad, expected), name
+        whole = grad._base
+        assert int(whole.isnan().sum()) == whole.numel() - grad.numel(), name
 
 
 @everywhere(*NATIVE)
-def test_fake_tensors_have_the_real_shapes_and_strides(device: str, case: AttnCase) -> None:
-    x = make_inputs(case, device)
+@kinds
+def test_fake_tensors_have_the_real_shapes_and_strides(
+    device: str, case: AttnCase, varlen: bool, with_features: bool
+) -> None:
+    call = Call(case, varlen, with_features, device)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-        out, lse = torch.ops.flash_attn.fwd(q, k, v, case.scale, case.causal)
-        grads = torch.ops.flash_attn.bwd(
-            dout, q, k, v, out, lse, None, case.scale, case.causal, False
-        )
-        return [out, lse, *grads]
+    def run(inputs: list[Tensor], convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        def converted(arguments: tuple) -> list:
+            return [convert(a) if isinstance(a, Tensor) else a for a in arguments]
 
-    layouts = (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))
-    for layout in layouts:
-        tensors = [layout(t) for t in (x.q, x.k, x.v, x.dout)]
-        real = run(*tensors)
+        call.inputs, call.dout = inputs[:3], inputs[3]
+        out, lse = call.op("fwd")(*converted(call.forward()))
+        grads = call.op("bwd")(*converted(call.backward(out, lse, None)))
+        probs = torch.ops.flash_attn.attn_probs(*converted(call.probabilities()))
+        return [out, lse, *grads, probs]
+
+    def heads_first(t: Tensor) -> Tensor:
+        return t.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+    given = [*call.inputs, call.dout]
+    for layout in (lambda t: t, heads_first):
+        tensors = [layout(t) for t in given]
+        real = run(tensors, lambda t: t)
         with FakeTensorMode() as mode:
-            fake = run(*(mode.from_tensor(t) for t in tensors))
-        for a, b in zip(fake, real):
+            fake = run(tensors, lambda t: t if isinstance(t, FakeTensor) else mode.from_tensor(t))
+        for a, b in zip(fake, real, strict=True):
             assert (a.shape, a.dtype, a.device, a.stride()) == (
                 b.shape,
                 b.dtype,
@@ -153,9 +304,129 @@ def test_plain_call_compiles(device: str, case: AttnCase) -> None:
         assert_nearly(name, t.grad, getattr(want, name), case)
 
 
+FORMS = {
+    "dense": lambda qkv, cu, n, **options: flash_attn_func(*qkv.unbind(2), **options),
+    "one_tensor": lambda qkv, cu, n, **options: flash_attn_func(*(qkv[:, :, 0],) * 3, **options),
+    "kvpacked": lambda qkv, cu, n, **options: flash_attn_kvpacked_func(
+        qkv[:, :, 0], qkv[:, :, 1:], **options
+    ),
+    "qkvpacked": lambda qkv, cu, n, **options: flash_attn_qkvpacked_func(qkv, **options),
+    "varlen": lambda qkv, cu, n, **options: flash_attn_varlen_func(
+        *qkv.flatten(0, 1).unbind(1), cu, cu, n, n, **options
+    ),
+    "varlen_kvpacked": lambda qkv, cu, n, **options: flash_attn_varlen_kvpacked_func(
+        qkv.flatten(0, 1)[:, 0], qkv.flatten(0, 1)[:, 1:], cu, cu, n, n, **options
+    ),
+    "varlen_qkvpacked": lambda qkv, cu, n, **options: flash_attn_varlen_qkvpacked_func(
+        qkv.flatten(0, 1), cu, n, **options
+    ),
+}
+ALL_FEATURES = dict(window_size=(9, 4), softcap=5.0, dropout_p=0.2, return_attn_probs=True)
+
+
+def make_packed(device: str, rows: int = 20) -> tuple[Tensor, Tensor, int]:
+    """qkv (2, rows, 3, 2, 64), cu_seqlens of three sequences in its rows, the longest length."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    qkv = torch.randn(2, rows, 3, 2, 64, device=device).to(dtype)
+    cu_seqlens = torch.tensor([0, 9, 9, 2 * rows - 3], dtype=torch.int32, device=device)
+    return qkv, cu_seqlens, 2 * rows - 12
+
+
+COMPILED = [(form, None) for form in FORMS]
+COMPILED += [("dense", True), ("varlen_qkvpacked", True)]
+
+
+@pytest.mark.parametrize(("form", "dynamic"), COMPILED)
+def test_every_form_compiles(device: str, form: str, dynamic: bool | None) -> None:
+    """With all features, as one graph; the seed gives the same dropout as in eager mode."""
+    slopes = torch.tensor([0.3, 0.1], device=device)
+
+    def block(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+        plain = FORMS[form](qkv * 1.5, cu_seqlens, longest, causal=True, deterministic=True)
+        out, lse, s_dmask = FORMS[form](
+            *(qkv * 1.5, cu_seqlens, longest),
+            alibi_slopes=slopes,
+            deterministic=True,
+            **ALL_FEATURES,
+        )
+        return plain + out, lse.masked_fill(lse.isinf(), 0), s_dmask
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (20, 27) if dynamic else (20,):
+        qkv, cu_seqlens, longest = make_packed(device, rows)
+        results = []
+        for function in (compiled, block):
+            torch.manual_seed(1)
+            (leaf,) = leaves(qkv)
+            out, lse, s_dmask = function(leaf, cu_seqlens, longest)
+            ((out * out).sum() + lse.sum()).backward()
+            results.append((out.detach(), lse.detach(), s_dmask, leaf.grad))
+        for name, ours, want in zip(("out", "lse", "s_dmask", "dqkv"), *results):
+            assert_nearly(name, ours, want, form)
+
+
+def test_packed_gradients_compile_with_inductor(device: str) -> None:
+    """The operator writes into slices of one tensor, which a compiler may not copy apart."""
+    if device == "cuda":
+        pytest.importorskip("triton")
+    if shutil.which("g++") is None:
+        pytest.skip("inductor and triton need a compiler")
+
+    def block(qkv: Tensor) -> Tensor:
+        return flash_attn_qkvpacked_func(qkv * 2, dropout_p=0.3, causal=True, deterministic=True)
+
+    torch._dynamo.reset()
+    results = []
+    for function in (torch.compile(block, fullgraph=True), block):
+        torch.manual_seed(1)
+        (leaf,) = leaves(make_packed(device)[0])
+        out = function(leaf)
+        (out * out).sum().backward()
+        results.append((out.detach(), leaf.grad))
+    for name, ours, want in zip(("out", "dqkv"), *results):
+        assert_nearly(name, ours, want, "inductor")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_runs_on_fake_tensors(device: str, form: str) -> None:
+    qkv, cu_seqlens, longest = make_packed(device)
+    results = []
+    for mode in (None, FakeTensorMode()):
+        with mode or nullcontext():
+            x, cu = (t if mode is None else mode.from_tensor(t) for t in (qkv, cu_seqlens))
+            (leaf,) = leaves(x)
+            out, lse, s_dmask = FORMS[form](leaf, cu, longest, **ALL_FEATURES)
+            (grad,) = torch.autograd.grad(out.sum() + lse.sum(), leaf)
+        results.append(
+            [(t.shape, t.dtype, t.device, t.stride()) for t in (out, lse, s_dmask, grad)]
+        )
+    assert results[0] == results[1]
+
+
 class Attention(torch.nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attn_func(q, k, v, causal=True)
+
+
+class VarlenAttention(torch.nn.Module):
+    def forward(self, qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
+        window = dict(window_size=(9, 0), softcap=5.0)
+        return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, qkv.shape[0], **window)
+
+
+def test_export_varlen(device: str) -> None:
+    qkv, cu_seqlens, _ = make_packed(device)
+    total = torch.export.Dim("total", min=2)
+    program = torch.export.export(
+        VarlenAttention(), (qkv.flatten(0, 1), cu_seqlens), dynamic_shapes=({0: total}, None)
+    )
+    assert "flash_attn.varlen_fwd" in str(program.graph)
+    for rows in (20, 31):
+        qkv, cu_seqlens, _ = make_packed(device, rows)
+        want = VarlenAttention()(qkv.flatten(0, 1), cu_seqlens)
+        assert_nearly("out", program.module()(qkv.flatten(0, 1), cu_seqlens), want, "export")
 
 
 @everywhere(CASES[0])

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
-from cases import AttnCase, Mask, everywhere, make_inputs, on_devices
-from harness import assert_bitwise, assert_nearly, assert_same_result, run_flash
+from cases import (
+    FEATURE_SETS,
+    AttnCase,
+    Mask,
+    VarlenCase,
+    everywhere,
+    make_alibi,
+    make_inputs,
+    make_varlen_inputs,
+    on_devices,
+)
+from harness import (
+    assert_bitwise,
+    assert_nearly,
+    assert_same_result,
+    features_of,
+    run_flash,
+    run_varlen,
+)
 
 DIMS = (32, 64, 96, 128, 192, 256)
 REPEATED = [
@@ -87,3 +105,89 @@ def test_deterministic_changes_only_the_order_of_sums(device: str, case: AttnCas
     default = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal)
     fixed = run_flash(x.q, x.k, x.v, x.dout, causal=case.causal, deterministic=True)
     assert_same_result(fixed, default, case, dq_bitwise=False)
+
+
+# Features, on all kernels; dropout is seeded alike before each run.
+FEATURED = [
+    AttnCase(257, 300, (6, 2), d, mask, dtype, 3, **features)
+    for (d, dtype), mask, features in product(
+        zip((*DIMS, 40), ("bf16", "fp16") * 4), Mask, FEATURE_SETS
+    )
+]
+SEQUENCES = (130, 0, 257, 64, 1, 300, 33)
+VARLEN = [
+    VarlenCase(SEQUENCES, SEQUENCES[::-1], (6, 2), d, mask, dtype, (9, 30), **features)
+    for (d, dtype), (mask, features) in product(
+        zip(DIMS, ("bf16", "fp16") * 3),
+        (*product(Mask, FEATURE_SETS[::3]), (Mask.causal, {}), (Mask.none, {})),
+    )
+]
+
+
+def repeats(device: str, deterministic: bool) -> int:
+    return 2 if device == "cpu" else 50 if deterministic else 25
+
+
+@on_devices(cpu=[c.but(dtype="fp32") for c in FEATURED[::17]], cuda=FEATURED)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+def test_features_repeat_bitwise_R1_R2(device: str, case: AttnCase, deterministic: bool) -> None:
+    """dq in the default mode but for the order of sums."""
+    x = make_inputs(case, device)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=deterministic)
+    first = run_flash(x.q, x.k, x.v, x.dout, **options)
+    for _ in range(repeats(device, deterministic)):
+        again = run_flash(x.q, x.k, x.v, x.dout, **options)
+        assert_same_result(again, first, case, dq_bitwise=deterministic)
+
+
+@on_devices(cpu=[c.but(dtype="fp32") for c in VARLEN[::13]], cuda=VARLEN)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+def test_varlen_repeats_bitwise_R1_R2(device: str, case: VarlenCase, deterministic: bool) -> None:
+    x = make_varlen_inputs(case, device)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=deterministic)
+    first = run_varlen(x, **options)
+    for _ in range(repeats(device, deterministic)):
+        assert_same_result(run_varlen(x, **options), first, case, dq_bitwise=deterministic)
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("features", FEATURE_SETS, ids=lambda f: "-".join(f))
+def test_no_race_in_a_large_batch_with_features(
+    device: str, head_dim: int, features: dict[str, Any]
+) -> None:
+    case = AttnCase(239, 1024, (6, 6), head_dim, Mask.causal, batch=40, **features)
+    x = make_inputs(case, device)
+    options = features_of(case, device) | dict(causal=True)
+    first = run_flash(x.q, x.k, x.v, x.dout, **options)
+    for _ in range(250):
+        again = run_flash(x.q, x.k, x.v, x.dout, **options)
+        assert_same_result(again, first, case, dq_bitwise=False)
+
+
+@on_devices(
+    cpu=[c.but(dtype="fp32", seqlen_q=65, seqlen_k=97) for c in FEATURED[:7] if not c.dropout],
+    cuda=[c for c in FEATURED if not c.dropout],
+)
+def test_a_batch_with_features_gives_what_its_elements_give(device: str, case: AttnCase) -> None:
+    """Each (batch, head group) alone; dropout apart, whose mask goes by their numbers."""
+    x, slopes = make_inputs(case, device), make_alibi(case, device)
+    options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
+    whole = run_flash(x.q, x.k, x.v, x.dout, **options)
+    group = case.heads[0] // case.heads[1]
+    for batch, head in ((0, 0), (2, 1)):
+        heads = slice(head * group, (head + 1) * group)
+        if slopes is not None:
+            options["alibi_slopes"] = (slopes if slopes.dim() == 1 else slopes[batch])[heads]
+        part = run_flash(
+            x.q[batch : batch + 1, :, heads],
+            x.k[batch : batch + 1, :, head : head + 1],
+            x.v[batch : batch + 1, :, head : head + 1],
+            x.dout[batch : batch + 1, :, heads],
+            **options,
+        )
+        same = assert_bitwise if device == "cuda" else assert_nearly
+        for name, index in (("out", heads), ("dq", heads), ("dk", head), ("dv", head)):
+            mine, alone = getattr(whole, name)[batch, :, index], getattr(part, name)[0]
+            same(name, mine, alone.view_as(mine), f"{case}, batch {batch}, head {head}")
