@@ -73,7 +73,7 @@ constexpr BwdTile bwd_tile(int head_dim, bool small_smem) {
                         : BwdTile{64, 96, 8, 2, 2, 2, 2, 64, 1};
     default:
       return small_smem ? BwdTile{32, 64, 8, 2, 4, 2, 2, 32, 1}
-                        : BwdTile{64, 64, 8, 2, 2, 2, 2, 64, 1};
+                        : BwdTile{64, 64, 8, 2, 4, 2, 2, 64, 1};
   }
 }
 
@@ -82,6 +82,7 @@ constexpr BwdTile general_bwd_tile(int head_dim, bool small_smem) {
   BwdTile tile = bwd_tile(head_dim, small_smem);
   if (head_dim <= 64) { tile.sub_m = 16; }
   if (head_dim == 128) { tile.sdp_keys = tile.dkv_keys = 8, tile.sub_m = 32; }
+  if (head_dim > 192) { tile = {32, 64, 8, 2, 4, 2, 2, 32, 1}; }
   return tile;
 }
 

@@ -73,7 +73,7 @@ void backward(Saved const& saved, Lengths const* lengths, Options const& options
   if (negative) { dq_out.neg_(); }
 }
 
-at::Tensor empty_like(at::Tensor const& tensor) {
+at::Tensor new_like(at::Tensor const& tensor) {
   return at::empty(tensor.sizes(), tensor.options());
 }
 
@@ -97,7 +97,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(
     double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
     OptionalTensor const& alibi_slopes, double dropout_p, OptionalTensor const& rng_state,
     bool deterministic) {
-  at::Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
+  at::Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
   bwd_into(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, causal, window_left, window_right,
            softcap, alibi_slopes, dropout_p, rng_state, deterministic, dq, dk, dv);
   return {dq, dk, dv};
@@ -126,7 +126,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_bwd(
     int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
     int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, double dropout_p,
     OptionalTensor const& rng_state, bool deterministic) {
-  at::Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
+  at::Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
   varlen_bwd_into(dout, q, k, v, out, softmax_lse, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                   max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap,
                   alibi_slopes, dropout_p, rng_state, deterministic, dq, dk, dv);
