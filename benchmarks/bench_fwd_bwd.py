@@ -230,8 +230,25 @@ def measure(
     return {"direction": direction, **asdict(shape), "providers": measured}
 
 
+class Nothing(torch.autograd.Function):
+    """What torch's autograd takes by itself for a function of q, k and v: no kernel is launched."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return q.detach()
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return dout, dout, dout
+
+
 def host_times(providers: dict[str, Attend], dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Host microseconds per call, causal: forward without gradients, forward and backward."""
+    """Host microseconds per call, causal: forward without gradients, forward and backward.
+
+    "nothing": an autograd.Function without kernels.
+    """
+    providers = providers | {"nothing": lambda q, k, v, causal: Nothing.apply(q, k, v)}
     inputs = make_inputs(HOST_SHAPE, dtype, seed=0)
     results = run_providers(providers, inputs, True, backward=True)
     times: dict[str, dict[str, float]] = {name: {} for name in results}

@@ -64,9 +64,11 @@ def speed_section(result: Result | None, file: str) -> str:
     ]
     host = result.get("host_us", {}).get(OURS)
     if host:
+        nothing = result["host_us"].get("nothing")
+        floor = "" if nothing is None else f" (torch's autograd alone {nothing['fwd_bwd']:.0f} us)"
         lines.append(
             f"- host time per call: forward {host['fwd']:.0f} us, "
-            f"forward and backward {host['fwd_bwd']:.0f} us"
+            f"forward and backward {host['fwd_bwd']:.0f} us{floor}"
         )
     source = source_line(result, file)
     table = markdown_table(header, rows)

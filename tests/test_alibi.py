@@ -183,7 +183,8 @@ def check_far(case: AttnCase, q: Tensor, k: Tensor, v: Tensor, slope: float) -> 
     exact = dict(scale=case.scale, causal=case.causal, alibi_slopes=slopes)
     want = attention_oracle(q, k, v, **exact)
     error = (ours.lse.double() - want.lse).abs().max().item()
-    limit = 2e-6 * (1 + want.lse.abs().max().item()) + 1e-5
+    # 100,000 fp32 terms, 25,000 of them added one after the other.
+    limit = 2e-6 * (1 + want.lse.abs().max().item()) + 1e-4
     assert error < limit, f"lse is off by {error:.3g} (limit {limit:.3g}); case {case}"
     eps = torch.finfo(ours.out.dtype).eps
     worst = (ours.out.double() - want.out).abs().max().item()

@@ -567,26 +567,6 @@ def test_varlen_offsets_beyond_32_bits_O1(device: str, case: VarlenCase) -> None
     assert_same_result(run_varlen(dense.map(spread), **options), want, case, dq_bitwise=True)
 
 
-@pytest.mark.slow
-@on_devices(cuda=[VarlenCase((64,) * 7, (64,) * 7, (4, 2), d) for d in (64, 128, 256)])
-def test_pages_beyond_32_bits_O3(device: str, case: VarlenCase) -> None:
-    """A cache of so many pages that the last ones lie more than 2^32 elements from the first."""
-    needs_memory(40)
-    x = make_varlen_inputs(case, device)
-    page = 64 * case.heads[1] * case.head_dim
-    blocks = 2**32 // page + 8
-    used = [0, blocks - 1, blocks // 2, blocks - 2, 1, blocks // 2 + 1, blocks - 3]
-    shape = (blocks, 64, case.heads[1], case.head_dim)
-    k, v = (torch.empty(shape, dtype=case.torch_dtype, device=device) for _ in range(2))
-    for n, block in enumerate(used):
-        k[block], v[block] = x.k[64 * n : 64 * n + 64], x.v[64 * n : 64 * n + 64]
-    table = torch.tensor(used, dtype=torch.int32, device=device)[:, None]
-    want = run_varlen(x, causal=False, backward=False)
-    ours = run_varlen(replace(x, k=k, v=v), causal=False, backward=False, block_table=table)
-    assert_nearly("out", ours.out, want.out, case)
-    assert_nearly("lse", ours.lse, want.lse, case)
-
-
 @pytest.mark.gpus(2)
 @on_devices(cuda=[*FEATURED, *VARLEN])
 def test_features_on_the_second_gpu_while_the_first_is_current_L6(device: str, case: Case) -> None:

@@ -23,7 +23,7 @@ PYTHON += [
     if "cutlass/" not in str(p)
 ]
 TEXT_SUFFIXES = {".md", ".toml", ".cfg", ".yaml", ".yml", ".json", ".txt", ".in"}
-MAXIMUM_LINES = 350
+MAXIMUM_LINES = 370
 
 
 def _id(path: Path) -> str:

@@ -2,10 +2,13 @@
 #include <cuda_runtime_api.h>
 #include <cutlass/version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/extension.h>
 #include <torch/library.h>
 
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "flash.h"
 #include "torch/operators.h"
@@ -50,6 +53,112 @@ pybind11::dict build_info() {
   return result;
 }
 
+// The positional entry points that other libraries call on flash_attn_2_cuda.  They are thin: the operators check their arguments.
+
+using Tensors = std::vector<at::Tensor>;
+using flash::OptionalTensor;
+
+// pybind11 hands over torch generators as objects; as in flash-attn 2.8.4, only None is taken.
+void check_generator(pybind11::object const& generator) {
+  TORCH_CHECK(generator.is_none(),
+              "gen_: the `generator` argument is not supported; torch's default generator is used");
+}
+
+void copy_if_given(OptionalTensor const& target, at::Tensor const& value) {
+  if (!target) { return; }
+  TORCH_CHECK(target->sizes() == value.sizes() && target->scalar_type() == value.scalar_type(),
+              "out_: must have shape ", value.sizes(), " and dtype ", value.scalar_type(), "; got ",
+              target->sizes(), " and ", target->scalar_type());
+  target->copy_(value);
+}
+
+constexpr int64_t kRandomNumbersPerHead = 32;
+
+at::Tensor new_rng_state(at::Tensor const& q, int64_t sequences, double dropout_p) {
+  return dropout_p > 0 ? flash::draw_rng_state(q, sequences * q.size(-2) * kRandomNumbersPerHead)
+                       : at::zeros({2}, q.options().dtype(at::kLong));
+}
+
+Tensors fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_,
+            OptionalTensor alibi_slopes, double p_dropout, double softmax_scale, bool causal,
+            int64_t left, int64_t right, double softcap, bool return_softmax,
+            pybind11::object generator) {
+  check_generator(generator);
+  TORCH_CHECK(!return_softmax || p_dropout > 0,
+              "return_softmax is only supported when p_dropout > 0.0");
+  at::Tensor const rng_state = new_rng_state(q, q.size(0), p_dropout);
+  auto [out, lse] = flash::fwd(q, k, v, softmax_scale, causal, left, right, softcap, alibi_slopes,
+                               p_dropout, rng_state);
+  copy_if_given(out_, out);
+  at::Tensor probs =
+      return_softmax ? flash::attn_probs(q, k, {}, {}, q.size(1), k.size(1), softmax_scale, causal,
+                                         left, right, softcap, alibi_slopes, p_dropout, rng_state)
+                     : at::empty({0}, q.options());
+  return {out_ ? *out_ : out, lse, probs, rng_state};
+}
+
+Tensors varlen_fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_,
+                   at::Tensor cu_seqlens_q, at::Tensor cu_seqlens_k, OptionalTensor seqused_k,
+                   OptionalTensor leftpad_k, OptionalTensor block_table,
+                   OptionalTensor alibi_slopes, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                   double p_dropout, double softmax_scale, bool /*zero_tensors*/, bool causal,
+                   int64_t left, int64_t right, double softcap, bool return_softmax,
+                   pybind11::object generator, int64_t /*num_splits*/) {
+  check_generator(generator);
+  TORCH_CHECK(!return_softmax || p_dropout > 0,
+              "return_softmax is only supported when p_dropout > 0.0");
+  at::Tensor const rng_state = new_rng_state(q, cu_seqlens_q.numel() - 1, p_dropout);
+  auto [out, lse] =
+      flash::varlen_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table,
+                        max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right, softcap,
+                        alibi_slopes, p_dropout, rng_state);
+  copy_if_given(out_, out);
+  TORCH_CHECK(!return_softmax || !(seqused_k || leftpad_k || block_table),
+              "return_softmax: not together with seqused_k, leftpad_k or block_table");
+  at::Tensor probs = return_softmax
+                         ? flash::attn_probs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                             max_seqlen_k, softmax_scale, causal, left, right,
+                                             softcap, alibi_slopes, p_dropout, rng_state)
+                         : at::empty({0}, q.options());
+  return {out_ ? *out_ : out, lse, probs, rng_state};
+}
+
+at::Tensor given_or_new(OptionalTensor const& given, at::Tensor const& like) {
+  return given ? *given : at::empty(like.sizes(), like.options());
+}
+
+// rowsum(dout * out), (..., heads, seqlen_q).
+at::Tensor softmax_d(at::Tensor const& dout, at::Tensor const& out) {
+  return (dout.to(at::kFloat) * out.to(at::kFloat)).sum(-1).transpose(-1, -2).contiguous();
+}
+
+Tensors bwd(at::Tensor dout, at::Tensor q, at::Tensor k, at::Tensor v, at::Tensor out,
+            at::Tensor softmax_lse, OptionalTensor dq_, OptionalTensor dk_, OptionalTensor dv_,
+            OptionalTensor alibi_slopes, double p_dropout, double softmax_scale, bool causal,
+            int64_t left, int64_t right, double softcap, bool deterministic,
+            pybind11::object generator, OptionalTensor rng_state) {
+  check_generator(generator);
+  at::Tensor dq = given_or_new(dq_, q), dk = given_or_new(dk_, k), dv = given_or_new(dv_, v);
+  flash::bwd_into(dout, q, k, v, out, softmax_lse, {}, softmax_scale, causal, left, right, softcap,
+                  alibi_slopes, p_dropout, rng_state, deterministic, dq, dk, dv);
+  return {dq, dk, dv, softmax_d(dout, out)};
+}
+
+Tensors varlen_bwd(at::Tensor dout, at::Tensor q, at::Tensor k, at::Tensor v, at::Tensor out,
+                   at::Tensor softmax_lse, OptionalTensor dq_, OptionalTensor dk_,
+                   OptionalTensor dv_, at::Tensor cu_seqlens_q, at::Tensor cu_seqlens_k,
+                   OptionalTensor alibi_slopes, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                   double p_dropout, double softmax_scale, bool /*zero_tensors*/, bool causal,
+                   int64_t left, int64_t right, double softcap, bool deterministic,
+                   pybind11::object generator, OptionalTensor rng_state) {
+  check_generator(generator);
+  at::Tensor dq = given_or_new(dq_, q), dk = given_or_new(dk_, k), dv = given_or_new(dv_, v);
+  flash::varlen_bwd_into(dout, q, k, v, out, softmax_lse, {}, cu_seqlens_q, cu_seqlens_k,
+                         max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right, softcap,
+                         alibi_slopes, p_dropout, rng_state, deterministic, dq, dk, dv);
+  return {dq, dk, dv, softmax_d(dout, out)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(flash_attn_2_cuda, m) {
@@ -57,4 +166,24 @@ PYBIND11_MODULE(flash_attn_2_cuda, m) {
   m.def(
       "build_info", &build_info,
       "What this build holds: archs, head_dims, dtypes, families, cuda_version, cutlass_version.");
+  // Arguments have no names, as other libraries pass them: varlen_fwd takes 21 or, with num_splits (ignored), 22.
+  namespace py = pybind11;
+  m.def("fwd", &fwd, "Forward pass: [out, softmax_lse, S_dmask, rng_state].");
+  m.def("varlen_fwd", &varlen_fwd,
+        "Forward pass of sequences of their own lengths: [out, softmax_lse, S_dmask, rng_state].");
+  m.def(
+      "varlen_fwd",
+      [](at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_, at::Tensor cu_q,
+         at::Tensor cu_k, OptionalTensor seqused_k, OptionalTensor leftpad_k,
+         OptionalTensor block_table, OptionalTensor alibi, int64_t max_q, int64_t max_k, double p,
+         double scale, bool zero, bool causal, int64_t left, int64_t right, double softcap,
+         bool return_softmax, py::object generator) {
+        return varlen_fwd(q, k, v, out_, cu_q, cu_k, seqused_k, leftpad_k, block_table, alibi,
+                          max_q, max_k, p, scale, zero, causal, left, right, softcap,
+                          return_softmax, generator, 0);
+      },
+      "The same without num_splits.");
+  m.def("bwd", &bwd, "Backward pass: [dq, dk, dv, softmax_d].");
+  m.def("varlen_bwd", &varlen_bwd,
+        "Backward pass of sequences of their own lengths: [dq, dk, dv, softmax_d].");
 }

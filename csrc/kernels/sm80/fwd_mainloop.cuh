@@ -51,15 +51,20 @@ struct FwdMainloop {
     int const rows_left    = see.seqlen_k - int(last_row);
     Copy copy_k(in.k + last_row * in.k_row_stride, in.k_row_stride, head_dim, thread);
     Copy copy_v(in.v + last_row * in.v_row_stride, in.v_row_stride, head_dim, thread);
-    int const first  = Visibility<kMask>::kHasLeft ? blocks.first : 0;  // known: costs no register
+    // Without windows known: costs no register.  With them kept where there is a register for it.
+    constexpr bool kKeep = Traits::kHeadDim <= 96;
+    auto const first     = [&] {
+      if (!Visibility<kMask>::kHasLeft) { return 0; }
+      return kKeep ? blocks.first : read_now(in.saved->blocks.first);
+    };
     auto load_next_k = [&](int n_block, int stage, int lane) {
-      if (n_block >= first) {
+      if (n_block >= first()) {
         copy_k.move(-Traits::kBlockN * in.k_row_stride);
         copy_k.template start<false>(TileKV::tensor(smem_k + stage * TileKV::kSize), 0, lane);
       }
     };
     auto load_next_v = [&](int n_block, int stage, int lane) {
-      if (n_block >= first) {
+      if (n_block >= first()) {
         copy_v.move(-Traits::kBlockN * in.v_row_stride);
         copy_v.template start<false>(TileKV::tensor(smem_v + stage * TileKV::kSize), 0, lane);
       }
@@ -95,20 +100,25 @@ struct FwdMainloop {
       load_next_k(n_block - 2, stage, lane);
       load_next_v(n_block - 1, stage ^ 1, lane);
       cp_async_commit();
-      Visibility<kMask> visibility = see;
+      auto const first_row = [&] {
+        return kLevel == Level::kPlain || kKeep ? opaque(row0)
+                                                : read_now(in.saved->site.block) * Traits::kBlockM;
+      };
+      auto const see_now = [&] {
+        return kLevel == Level::kPlain ? see : in.saved->template see<kMask>();
+      };
       if constexpr (kLevel != Level::kPlain) {
         ScoreMod const mod = in.saved->features.score_mod;
-        visibility         = in.saved->template see<kMask>();
         mod.template apply<false, typename Traits::TiledMma, TileS>(
             tSrS, in.saved->site.block * Traits::kBlockM, n_block * Traits::kBlockN,
-            visibility.shift(), lane);
+            see_now().shift(), lane);
       }
       // In the general kernels, where it is decided at run time, a loop of at most one round: a branch would become predicated
       // instructions, issued in every step.
       for (int round = run_time_flag(masked); round > 0; --round) {
         // The shuffle returns the thread's own index.  Unlike the index it cannot be moved out of the loop, where what follows
         // from it would be kept for the mask and spilled.
-        mask_scores<false, typename Traits::TiledMma, TileS>(tSrS, visibility, opaque(row0),
+        mask_scores<false, typename Traits::TiledMma, TileS>(tSrS, see_now(), first_row(),
                                                              n_block * Traits::kBlockN,
                                                              __shfl_sync(~0u, lane, lane % 32));
       }
@@ -150,12 +160,12 @@ struct FwdMainloop {
     if constexpr (kLevel == Level::kPlain) {
       softmax_phase(true_type{}, n_block);
       if constexpr (Visibility<kMask>::kHasRight) {
-        while (n_block > max_of(blocks.right_begin, first)) {
+        while (n_block > max_of(blocks.right_begin, first())) {
           product_phase();
           softmax_phase(true_type{}, --n_block);
         }
       }
-      while (n_block > first) {
+      while (n_block > first()) {
         product_phase();
         softmax_phase(false_type{}, --n_block);
       }
@@ -163,7 +173,7 @@ struct FwdMainloop {
       while (true) {
         softmax_phase(in.saved->blocks.needs_mask(n_block), n_block);
         multiply_values(opaque(thread));
-        if (n_block == in.saved->blocks.first) { return; }
+        if (n_block == first()) { return; }
         stage ^= 1;
         multiply_scores(tSrS, tSrQ, sQ, smem_k + stage * TileKV::kSize, opaque(thread));
         end_products();

@@ -1,0 +1,131 @@
+"""The feature benchmark's own logic, without a GPU."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import bench
+import bench_features
+from bench_features import SHORTEST, Feature, make_row, visible_pairs
+
+SMALL = ["--tokens", "128", "--seqlen", "64", "--hidden", "32", "--head-dims", "16"]
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch):
+    """Calls each measured function once; our dropout stands in for torch's."""
+
+    def times(calls, target_seconds, repeats):
+        for call in calls.values():
+            call()
+        return {name: bench.Times(1.0, 1.0, 1) for name in calls}
+
+    dropout = bench_features.with_options(dropout_p=bench_features.DROPOUT)
+    monkeypatch.setattr(bench_features, "device_times", times)
+    monkeypatch.setattr(bench_features, "torch_dropout", dropout)
+
+
+def test_defaults_are_the_sizes_of_the_targets():
+    args = bench_features.parse_args([])
+    assert (args.tokens, args.seqlen, args.hidden, args.head_dims) == (16384, 4096, 2048, [64, 128])
+    found = [
+        (group.batch, group.seqlen, group.causal, [f.name for f in group.features])
+        for group in bench_features.groups(args, 64, "cpu")
+    ]
+    assert found == [
+        (1, 16384, True, ["window 1024"]),
+        (4, 4096, True, ["alibi", "softcap 50", "dropout 0.1"]),
+        (4, 4096, False, ["varlen equal"]),
+        (16, 4096, False, ["varlen mixed"]),
+        (4, 4096, True, ["varlen equal"]),
+        (16, 4096, True, ["varlen mixed"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--seqlen", "3000"], "--seqlen: must divide --tokens 16384"),
+        (["--head-dims", "96"], "--head-dims: must divide --hidden 2048"),
+        (["--repeats", "0"], "--repeats: must be at least 1"),
+    ],
+)
+def test_arguments_that_give_no_shape_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        bench_features.parse_args(words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_it_says_that_it_needs_a_gpu(capsys):
+    assert bench_features.main([]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 5, 8])
+def test_visible_pairs_are_those_counted_one_by_one(seqlen):
+    pairs = [(i, j) for i in range(seqlen) for j in range(seqlen)]
+    assert visible_pairs(seqlen, False) == len(pairs)
+    assert visible_pairs(seqlen, True) == sum(j <= i for i, j in pairs)
+    for left in range(seqlen + 2):
+        assert visible_pairs(seqlen, True, left) == sum(i - left <= j <= i for i, j in pairs)
+
+
+@pytest.mark.parametrize("total", [64, 100, 128, 1000, 65536])
+def test_lengths_are_in_range_repeatable_and_add_up(total):
+    for seed in range(20):
+        lengths = bench_features.log_uniform_lengths(total, seed)
+        assert sum(lengths) == total
+        assert min(lengths) >= SHORTEST and max(lengths) <= bench_features.LONGEST
+        assert lengths == bench_features.log_uniform_lengths(total, seed)
+
+
+def test_lengths_are_log_uniform():
+    lengths = bench_features.log_uniform_lengths(2**23, seed=0)
+    for low in (64, 512, 2048):  # each interval of a factor 4 is 2 of 7 doublings
+        within = sum(low <= n < 4 * low for n in lengths) / len(lengths)
+        assert within == pytest.approx(2 / 7, abs=0.03)
+
+
+def test_row_compares_the_time_with_its_share_and_with_torch():
+    window = Feature("window", bench_features.plain, target=1.3, share=0.125)
+    row = make_row(window, ms=0.5, plain_ms=3.2, torch_ms=None)
+    assert row["ratio"] == pytest.approx(1.25) and row["met"]
+    assert not make_row(window, ms=0.5, plain_ms=3.0, torch_ms=None)["met"]
+    dropout = Feature("dropout", bench_features.plain, target=1.35)
+    assert make_row(dropout, ms=1.3, plain_ms=1.0, torch_ms=1.3)["met"]
+    assert not make_row(dropout, ms=1.3, plain_ms=1.0, torch_ms=1.2)["met"]
+    assert not make_row(dropout, ms=1.4, plain_ms=1.0, torch_ms=2.0)["met"]
+
+
+def test_lines_are_aligned_and_name_a_missed_target():
+    feature = Feature("dropout 0.1", bench_features.plain, 1.35)
+    shape = {"head_dim": 64, "pass": "bwd", "causal": True}
+    met = bench_features.row_line({**shape, **make_row(feature, 1.0, 1.0, None)})
+    missed = bench_features.row_line({**shape, **make_row(feature, 10.0, 1.0, 9.0)})
+    head = bench_features.LINE.format(*bench_features.COLUMNS, "").rstrip()
+    assert len(head) == len(met) == missed.index("MISSED") - 2
+    assert met.split() == "64 bwd causal dropout 0.1 1.000 1.000 - 1.000 1.350".split()
+
+
+def test_varlen_of_one_length_is_the_dense_attention():
+    q, k, v, _ = bench_features.make_inputs((2, 8, 2, 16), torch.float32, 0, "cpu")
+    out = bench_features.varlen([8, 8], "cpu")(q, k, v, True)
+    torch.testing.assert_close(out, bench_features.plain(q, k, v, True))
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_every_group_runs_and_gives_a_row_per_feature(no_gpu_needed, direction):
+    args = bench_features.parse_args(SMALL)
+    rows = []
+    for group in bench_features.groups(args, 16, "cpu"):
+        rows += bench_features.measure(group, 16, direction, args, "cpu")
+    assert len(rows) == 8
+    assert {row["pass"] for row in rows} == {direction}
+    assert [row["name"] for row in rows if row["torch_ms"] is not None] == ["dropout 0.1"]
+    json.dumps(rows)

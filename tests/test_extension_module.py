@@ -1,0 +1,91 @@
+"""flash_attn_2_cuda as other libraries call it: positional entry points with upstream's arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import AttnCase, cuda_build, is_built, make_inputs
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn.flash_attn_interface import flash_attn_gpu
+
+CASE = AttnCase(130, 130, heads=(4, 2), head_dim=64)
+
+pytestmark = pytest.mark.skipif(
+    cuda_build() is None or not is_built(CASE), reason="needs a GPU and the compiled extension"
+)
+
+
+def inputs():
+    x = make_inputs(CASE, "cuda")
+    return x.q, x.k, x.v, x.dout
+
+
+def test_fwd_and_bwd_cuda() -> None:
+    q, k, v, dout = inputs()
+    scale, mask = CASE.scale, (True, 40, 0)
+    out, lse, probs, rng_state = flash_attn_gpu.fwd(
+        q, k, v, None, None, 0.0, scale, *mask, 0.0, False, None
+    )
+    assert probs.numel() == 0 and rng_state.shape == (2,)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    want, want_lse, _ = flash_attn_func(
+        *leaves, causal=True, window_size=(40, 0), return_attn_probs=True, deterministic=True
+    )
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    want_grads = torch.autograd.grad(want, leaves, dout)
+    dq = torch.full_like(q, torch.nan)
+    *grads, softmax_d = flash_attn_gpu.bwd(
+        *(dout, q, k, v, out, lse, dq, None, None, None, 0.0, scale),
+        *(*mask, 0.0, True, None, None),
+    )
+    assert grads[0].data_ptr() == dq.data_ptr()
+    for name, ours, grad in zip(("dq", "dk", "dv"), grads, want_grads):
+        assert torch.equal(ours, grad), name
+    want_d = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(softmax_d, want_d)
+
+
+@pytest.mark.parametrize("more", [(), (0,)], ids=["21", "22"])
+def test_varlen_fwd_takes_21_and_22_arguments_cuda(more: tuple[int, ...]) -> None:
+    q, k, v, dout = (t.flatten(0, 1) for t in inputs())
+    cu_seqlens = torch.tensor([0, 50, 130], dtype=torch.int32, device="cuda")
+    out_given = torch.empty_like(q)
+    out, lse, _, _ = flash_attn_gpu.varlen_fwd(
+        *(q, k, v, out_given, cu_seqlens, cu_seqlens, None, None, None, None, 80, 80),
+        *(0.0, CASE.scale, False, True, -1, -1, 0.0, False, None, *more),
+    )
+    assert out.data_ptr() == out_given.data_ptr()
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    want = flash_attn_varlen_func(
+        *leaves, cu_seqlens, cu_seqlens, 80, 80, causal=True, deterministic=True
+    )
+    assert torch.equal(out, want)
+    want_grads = torch.autograd.grad(want, leaves, dout)
+    *grads, _ = flash_attn_gpu.varlen_bwd(
+        *(dout, q, k, v, out, lse, None, None, None, cu_seqlens, cu_seqlens, None, 80, 80),
+        *(0.0, CASE.scale, False, True, -1, -1, 0.0, True, None, None),
+    )
+    for name, ours, grad in zip(("dq", "dk", "dv"), grads, want_grads):
+        assert torch.equal(ours, grad), name
+
+
+def test_dropout_and_its_probabilities_cuda() -> None:
+    q, k, v, _ = inputs()
+    torch.manual_seed(3)
+    out, _, probs, rng_state = flash_attn_gpu.fwd(
+        q, k, v, None, None, 0.25, CASE.scale, False, -1, -1, 0.0, True, None
+    )
+    torch.manual_seed(3)
+    want, _, want_probs = flash_attn_func(q, k, v, dropout_p=0.25, return_attn_probs=True)
+    assert torch.equal(out, want) and torch.equal(probs, want_probs)
+    assert probs.shape == (1, 4, 256, 256) and rng_state[0].item() == 3
+
+
+def test_a_generator_is_refused_cuda() -> None:
+    q, k, v, _ = inputs()
+    generator = torch.Generator(device="cuda")
+    with pytest.raises(RuntimeError, match="generator"):
+        flash_attn_gpu.fwd(
+            q, k, v, None, None, 0.0, CASE.scale, False, -1, -1, 0.0, False, generator
+        )
