@@ -598,7 +598,8 @@ def test_kernel_agrees_with_torch(
     monkeypatch.setattr(kernel, "triton", None)
     want = apply_rotary(given.x, given.cos, given.sin, **options)
     eps = torch.finfo(given.x.dtype).eps
-    torch.testing.assert_close(ours, want, rtol=eps, atol=max(eps * 1e-2, 1e-14))
+    # Where x cos and x sin cancel, a fused multiply-add rounds once less than torch.
+    torch.testing.assert_close(ours, want, rtol=eps, atol=4 * eps)
 
 
 @pytest.mark.cuda

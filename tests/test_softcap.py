@@ -133,7 +133,9 @@ def test_saturated_scores_are_equal_and_get_no_gradient(device: str, case: AttnC
     x = make_inputs(case, device)
     q, k = x.q.abs() * 30 + 30, x.k.abs() * 30 + 30
     ours = run_flash(q, k, x.v, x.dout, causal=False, softcap=case.softcap)
-    assert not ours.dq.any() and not ours.dk.any(), case
+    # The kernels get tanh back from P and LSE: 1 - tanh^2 is a few roundings of fp32 instead of 0.
+    limit = 0.0 if device == "cpu" else 1e-4 * (x.dout.abs().max() * k.abs().max()).item()
+    assert ours.dq.abs().max() <= limit and ours.dk.abs().max() <= limit, case
     mean = x.v.double().mean(1, keepdim=True).repeat_interleave(case.heads[0] // case.heads[1], 2)
     eps = torch.finfo(ours.out.dtype).eps
     torch.testing.assert_close(ours.out.double(), mean.expand_as(ours.out), rtol=0, atol=2 * eps)
