@@ -1,4 +1,4 @@
-"""The two plots: loss curves of a training run, and TFLOP/s of the forward/backward benchmark."""
+"""The plots: loss curves of a training run, TFLOP/s by seqlen, decoding bandwidth by cache length."""
 
 from __future__ import annotations
 
@@ -77,6 +77,34 @@ def plot_speed(result: Result, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_decode(result: Result, path: Path) -> None:
+    """Write bandwidth of reading K and V over cache length, with the copy bandwidth as a line."""
+    rows = result["curve"]
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name in provider_names(rows):
+        points = [
+            (row["seqlen"], row["bytes"] / row["providers"][name]["median_us"] / 1e6)
+            for row in rows
+            if name in row["providers"]
+        ]
+        axes.plot(
+            *zip(*points, strict=True), "o-", ms=4, color=COLORS.get(name), label=LABELS[name]
+        )
+    copy = result["copy_bytes_per_second"] / 1e12
+    axes.axhline(copy, color="#555555", linestyle="--", label="copy, read plus written")
+    title = "Decoding: K and V read over time"
+    if rows:
+        first = rows[0]
+        title += f", batch {first['batch']}, heads {first['heads_q']}/{first['heads_k']}"
+    axes.set(xlabel="tokens in the cache, per sequence", ylabel="TB/s", title=title)
+    _seqlen_axis(axes, [row["seqlen"] for row in rows])
+    axes.legend()
+    facts = result["environment"]
+    figure.supxlabel(f"{facts['device']}, torch {facts['torch']}, {result['dtype']}", fontsize=8)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
 def _plot_cells(axes: plt.Axes, cells: list[Cell]) -> None:
     """One line per provider."""
     for name in provider_names(cells):
@@ -88,7 +116,12 @@ def _plot_cells(axes: plt.Axes, cells: list[Cell]) -> None:
         axes.plot(
             *zip(*points, strict=True), "o-", ms=3, color=COLORS.get(name), label=LABELS[name]
         )
-    seqlens = sorted({cell["seqlen"] for cell in cells})
+    _seqlen_axis(axes, [cell["seqlen"] for cell in cells])
+
+
+def _seqlen_axis(axes: plt.Axes, values: list[int]) -> None:
+    """Sequence lengths, doubling, from left to right."""
+    seqlens = sorted(set(values))
     axes.set_xscale("log", base=2)
     axes.set_xticks(seqlens, [f"{s // 1024}k" if s >= 1024 else str(s) for s in seqlens])
     axes.set_ylim(bottom=0)

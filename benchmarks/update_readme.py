@@ -1,7 +1,7 @@
-"""Fill README.md's result sections from the JSON files in benchmarks/results.
+"""Fill the result sections of README.md and benchmarks/README.md from benchmarks/results.
 
 Without a JSON file a section says that nothing was measured. --check changes nothing and exits
-with 1 when the README does not say what the files say.
+with 1 when a README does not say what the files say.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from decode_tables import REFERENCE, copy_text, readme_rows, verdicts
 from report import DIRECTIONS, LABELS, OURS, Cell, Result, comparison, mask_name
 
 HERE = Path(__file__).resolve().parent
@@ -103,9 +104,28 @@ def training_section(result: dict[str, Any] | None, file: str) -> str:
     return f"{markdown_table(header, rows)}\n\n{width}, {result['dtype']}, {source}"
 
 
+def decode_section(result: dict[str, Any] | None, file: str) -> str:
+    """The decoding rows with their targets, what was met, and the curve's picture."""
+    if result is None:
+        return f"Decoding: {NOT_MEASURED}."
+    table = markdown_table(*readme_rows(result))
+    source = f"{result['dtype']}, head_dim {result['head_dim']}, {source_line(result, file)}"
+    lines = [f"- {line}" for line in (REFERENCE, copy_text(result), *verdicts(result))]
+    parts = [table, source, "\n".join(lines)]
+    if result["curve"]:
+        parts.append(f"![bandwidth by cache length]({file.removesuffix('.json')}.png)")
+    return "\n\n".join(parts)
+
+
 SECTIONS = {
     "speed": (speed_section, "results/fwd_bwd.json"),
     "training": (training_section, "results/train_speed.json"),
+    "decode": (decode_section, "results/decode.json"),
+}
+# The sections of each README, and what a link from it to benchmarks/ begins with.
+READMES = {
+    "README.md": (("speed", "training"), "benchmarks/"),
+    "benchmarks/README.md": (("decode",), ""),
 }
 
 
@@ -118,12 +138,14 @@ def fill(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
-def updated(text: str, folder: Path) -> str:
-    """The README's text with all sections filled from the files in `folder` (benchmarks/)."""
-    for name, (section, file) in SECTIONS.items():
+def updated(text: str, folder: Path, readme: str = "README.md") -> str:
+    """A README's text with its sections filled from the files in `folder` (benchmarks/)."""
+    names, prefix = READMES[readme]
+    for name in names:
+        section, file = SECTIONS[name]
         path = folder / file
         result = json.loads(path.read_text()) if path.exists() else None
-        text = fill(text, name, section(result, f"benchmarks/{file}"))
+        text = fill(text, name, section(result, prefix + file))
     return text
 
 
@@ -132,13 +154,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="only compare; 1 when it differs")
     args = parser.parse_args(argv)
-    readme = HERE.parent / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = updated(text, HERE)
-    if args.check:
-        return int(new != text)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    differs = False
+    for readme in READMES:
+        path = HERE.parent / readme
+        text = path.read_text(encoding="utf-8")
+        new = updated(text, HERE, readme)
+        differs |= new != text
+        if not args.check:
+            path.write_text(new, encoding="utf-8")
+    return int(args.check and differs)
 
 
 if __name__ == "__main__":

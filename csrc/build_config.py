@@ -380,6 +380,8 @@ def nvcc_flags(archs: Iterable[int]) -> list[str]:
         "--expt-extended-lambda",
         "-Xcompiler",
         "-fvisibility=hidden",
+        "-Xfatbin",
+        "-compress-all",  # a fifth of the size; the driver unpacks a kernel's module when it is loaded
         "-Xptxas",
         "--warn-on-spills,--warn-on-local-memory-usage",
         *(flag for arch in archs for flag in gencode(arch)),

@@ -96,6 +96,69 @@ struct RngSource {
   int64_t const *seed_place, *offset_place;
 };
 
+// Keys and values of sequences that grow.  Sequence b has the rows 0 to its length - 1, of which the first leftpad_k[b] are not keys.
+// Row r lies in row r of k's entry b or entries[b]; with a block table in row r % page_size of page block_table[b][r / page_size].
+struct KvCache {
+  TensorRef k, v;          // batch_stride: from one entry, or page, to the next
+  int const* entries;      // (batch)
+  int const* block_table;  // (batch, capacity / page_size)
+  int64_t block_table_stride;
+  int page_size, pages;
+  int capacity;  // most rows that a sequence can have; longer ones end there
+  int seqlen;  // length of every sequence, where the problem has neither seqused_k nor cu_seqlens_k
+  int seqlen_new;  // rows added to each by launch_kv_update, which its length does not count yet; kAsQueries: as many as it has queries
+};
+constexpr int kAsQueries = -1;
+
+// How the keys are divided among thread blocks, and the scratch that their partial results need.
+//   splits > 0   the keys of every query tile are cut into so many equal parts, each a thread block's
+//   splits == 0  all key tiles of a head's query tiles are one line, cut into equal shares, one for each thread block
+struct DecodePlan {
+  int group;  // query heads of a key head
+  int block_m, splits;
+  int64_t grid;  // thread blocks of a worker, one for each key head; with splits > 0 all
+  int workers;
+  int64_t partial_o, partial_rows, counters;  // elements
+};
+
+struct DecodeWorkspace {
+  float* partial_o;     // (slots, block_m, built head_dim)
+  float* partial_rows;  // (slots, block_m, 2): reference of the scores, sum
+  int* counters;        // zeros; zeros again when the kernel ends
+};
+
+// Attention of few queries to a cache.  problem.seqlen_k: the capacity.  Without dropout.
+struct DecodeParams {
+  Problem problem;
+  TensorRef q, out;
+  KvCache cache;
+  float* lse;
+  DecodePlan plan;
+  DecodeWorkspace workspace;
+};
+
+// New rows k, v of each sequence into the cache, k rotated; q rotated into q_out.  cos, sin (positions, rotary_dim / 2) of the
+// problem's dtype; null: no rotation, and q is not touched.  Position of a new row: its row in the cache; of query i: that of the
+// first new row, and with advance_q + i.
+struct KvUpdateParams {
+  Problem problem;
+  KvCache cache;
+  TensorRef k, v, q, q_out;
+  void const *cos, *sin;
+  int64_t cos_stride, sin_stride;
+  int rotary_dim, positions;
+  bool interleaved, advance_q;
+};
+
+// Merged parts of attention: out, lse of all keys from those of keys a and b.  Rows are (batch, head, row) with lse strides of the
+// problem.  A part with an infinite lse saw no key.
+struct MergeParams {
+  Problem problem;
+  TensorRef out_a, out_b, out;
+  float const *lse_a, *lse_b;
+  float* lse;
+};
+
 // What went wrong before or at a launch.  message: null when code is cudaSuccess, otherwise valid until this thread's next call.
 struct Status {
   cudaError_t code;
@@ -105,6 +168,10 @@ struct Status {
 Status launch_fwd(FwdParams const& params, cudaStream_t stream);
 BwdPlan plan_bwd(Problem const& problem);
 Status launch_bwd(BwdParams const& params, cudaStream_t stream);
+DecodePlan plan_decode(Problem const& problem, KvCache const& cache, int num_splits);
+Status launch_decode(DecodeParams const& params, cudaStream_t stream);
+Status launch_kv_update(KvUpdateParams const& params, cudaStream_t stream);
+Status launch_merge_states(MergeParams const& params, cudaStream_t stream);
 Status launch_attn_probs(ProbsParams const& params, cudaStream_t stream);
 // state: seed, offset; device.
 Status launch_write_rng_state(RngSource const& source, int64_t* state, cudaStream_t stream);

@@ -5,7 +5,8 @@ Errors are RuntimeError, as users of the CUDA package know them.  Only compariso
 attributes: cheap, and traceable by torch.compile.
 
 ``check_lengths`` alone reads tensors: the operators call it on the CPU; on CUDA, where it waits for
-the device, it is called if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.
+the device, it is called if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.  ``_checks_decode``
+has what only decoding needs.
 """
 
 import math
@@ -20,8 +21,8 @@ from flash_attn._arguments import Lengths
 MAX_HEAD_DIM = 256
 PAGE_SIZE_MULTIPLE = 16
 
-_CUDA_DTYPES = (torch.float16, torch.bfloat16)
-_CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
+CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -29,22 +30,22 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) != 4:
         raise RuntimeError(
-            f"q must have shape (batch, seqlen_q, heads_q, head_dim); got {_text(q_shape)}"
+            f"q must have shape (batch, seqlen_q, heads_q, head_dim); got {shape_text(q_shape)}"
         )
     if len(k_shape) != 4:
         raise RuntimeError(
-            f"k must have shape (batch, seqlen_k, heads_k, head_dim); got {_text(k_shape)}"
+            f"k must have shape (batch, seqlen_k, heads_k, head_dim); got {shape_text(k_shape)}"
         )
     if v_shape != k_shape:
         raise RuntimeError(
-            f"v must have the same shape as k; got v = {_text(v_shape)}, k = {_text(k_shape)}"
+            f"v must have the same shape as k; got v = {shape_text(v_shape)}, k = {shape_text(k_shape)}"
         )
 
     if q_shape[0] == 0:
-        raise RuntimeError(f"q: batch size must be positive; got q = {_text(q_shape)}")
+        raise RuntimeError(f"q: batch size must be positive; got q = {shape_text(q_shape)}")
     if k_shape[0] != q_shape[0]:
         raise RuntimeError(
-            f"k: batch must equal q's; got k = {_text(k_shape)}, q = {_text(q_shape)}"
+            f"k: batch must equal q's; got k = {shape_text(k_shape)}, q = {shape_text(q_shape)}"
         )
     check_heads(q_shape, k_shape)
     check_dtype_and_device(q, k, v)
@@ -55,12 +56,12 @@ def check_heads(q_shape: torch.Size, k_shape: torch.Size) -> None:
     heads_q, heads_k, head_dim, head_dim_k = q_shape[-2], k_shape[-2], q_shape[-1], k_shape[-1]
     if head_dim_k != head_dim:
         raise RuntimeError(
-            f"k: head_dim must equal q's; got k = {_text(k_shape)}, q = {_text(q_shape)}"
+            f"k: head_dim must equal q's; got k = {shape_text(k_shape)}, q = {shape_text(q_shape)}"
         )
     if head_dim == 0 or head_dim > MAX_HEAD_DIM:
         raise RuntimeError(
             f"q: FlashAttention only supports head dimension at most {MAX_HEAD_DIM}, and at"
-            f" least 1; got head_dim = {head_dim} in q = {_text(q_shape)}"
+            f" least 1; got head_dim = {head_dim} in q = {shape_text(q_shape)}"
         )
     if heads_k == 0 or heads_q == 0 or heads_q % heads_k != 0:
         raise RuntimeError(
@@ -69,29 +70,33 @@ def check_heads(q_shape: torch.Size, k_shape: torch.Size) -> None:
         )
 
 
-def check_dtype_and_device(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k and v of one supported dtype on one supported device."""
+def check_dtype_and_device(q: Tensor, k: Tensor, v: Tensor, suffix: str = "") -> None:
+    """q, k and v of one supported dtype on one supported device; k and v have suffix in their names."""
     dtype, device = q.dtype, q.device
     if device.type == "cuda":
-        if dtype not in _CUDA_DTYPES:
+        if dtype not in CUDA_DTYPES:
             raise RuntimeError(
                 f"q: FlashAttention only support fp16 and bf16 data type on CUDA; got {dtype}"
             )
     elif device.type != "cpu" and device.type != "meta":
         raise RuntimeError(f"q must be on CUDA or the CPU; got {device}")
-    elif dtype not in _CPU_DTYPES:
+    elif dtype not in CPU_DTYPES:
         raise RuntimeError(
             "q: FlashAttention only support fp16 and bf16 data type on CUDA, and fp32 and fp64"
             f" besides on the CPU; got {dtype}"
         )
     if k.dtype != dtype:
-        raise RuntimeError(f"query and key must have the same dtype; got q {dtype}, k {k.dtype}")
+        got = f"got q {dtype}, k{suffix} {k.dtype}"
+        raise RuntimeError(f"query and key must have the same dtype; {got}")
     if v.dtype != dtype:
-        raise RuntimeError(f"query and value must have the same dtype; got q {dtype}, v {v.dtype}")
+        got = f"got q {dtype}, v{suffix} {v.dtype}"
+        raise RuntimeError(f"query and value must have the same dtype; {got}")
     if k.device != device:
-        raise RuntimeError(f"k must be on the same device as q; got k on {k.device}, q on {device}")
+        got = f"got k{suffix} on {k.device}, q on {device}"
+        raise RuntimeError(f"k{suffix} must be on the same device as q; {got}")
     if v.device != device:
-        raise RuntimeError(f"v must be on the same device as q; got v on {v.device}, q on {device}")
+        got = f"got v{suffix} on {v.device}, q on {device}"
+        raise RuntimeError(f"v{suffix} must be on the same device as q; {got}")
 
 
 def check_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> None:
@@ -99,71 +104,98 @@ def check_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> None:
     (num_blocks, page_size, heads_k, head_dim)."""
     table = lengths.block_table
     if len(q.shape) != 3:
-        raise RuntimeError(f"q must have shape (total_q, heads_q, head_dim); got {_text(q.shape)}")
+        raise RuntimeError(
+            f"q must have shape (total_q, heads_q, head_dim); got {shape_text(q.shape)}"
+        )
     if len(k.shape) != (3 if table is None else 4):
         layout = "(total_k, heads_k, head_dim), or with block_table (num_blocks, page_size, ...)"
-        raise RuntimeError(f"k must have shape {layout}; got {_text(k.shape)}")
+        raise RuntimeError(f"k must have shape {layout}; got {shape_text(k.shape)}")
     if v.shape != k.shape:
         raise RuntimeError(
-            f"v must have the same shape as k; got v = {_text(v.shape)}, k = {_text(k.shape)}"
+            f"v must have the same shape as k; got v = {shape_text(v.shape)}, k = {shape_text(k.shape)}"
         )
     check_heads(q.shape, k.shape)
     check_dtype_and_device(q, k, v)
 
-    batch = lengths.cu_seqlens_q.numel() - 1
+    device, batch = q.device, lengths.cu_seqlens_q.numel() - 1
     if batch < 1:
         raise RuntimeError(
             "cu_seqlens_q must have shape (batch_size + 1), and batch size must be positive; got"
-            f" {_text(lengths.cu_seqlens_q.shape)}"
+            f" {shape_text(lengths.cu_seqlens_q.shape)}"
         )
-    _check_integers("cu_seqlens_q", lengths.cu_seqlens_q, q, (batch + 1,), "batch_size + 1")
-    _check_integers("cu_seqlens_k", lengths.cu_seqlens_k, q, (batch + 1,), "batch_size + 1")
+    check_integers("cu_seqlens_q", lengths.cu_seqlens_q, device, (batch + 1,), "batch_size + 1")
+    check_integers("cu_seqlens_k", lengths.cu_seqlens_k, device, (batch + 1,), "batch_size + 1")
     if lengths.seqused_k is not None:
-        _check_integers("seqused_k", lengths.seqused_k, q, (batch,), "batch_size")
+        check_integers("seqused_k", lengths.seqused_k, device, (batch,), "batch_size")
     if lengths.leftpad_k is not None:
-        _check_integers("leftpad_k", lengths.leftpad_k, q, (batch,), "batch_size")
+        check_integers("leftpad_k", lengths.leftpad_k, device, (batch,), "batch_size")
     if table is not None:
-        _check_integers(
-            "block_table", table, q, (batch, *table.shape[1:2]), "batch_size, max_blocks"
+        check_block_table(table, device, batch, "k", k)
+
+
+def check_block_table(
+    table: Tensor, device: torch.device, batch: int, name: str, k: Tensor
+) -> None:
+    """table (batch, max_blocks); k (num_blocks, page_size, heads_k, head_dim), called name."""
+    shape = (batch, table.shape[1] if len(table.shape) == 2 else 1)
+    check_integers("block_table", table, device, shape, "batch_size, max_blocks")
+    page_size = k.shape[1]
+    if page_size == 0 or page_size % PAGE_SIZE_MULTIPLE != 0:
+        raise RuntimeError(
+            f"{name}: Paged KV cache block size must be divisible by {PAGE_SIZE_MULTIPLE}; got"
+            f" page_size = {page_size} in {name} = {shape_text(k.shape)}"
         )
-        if k.shape[1] == 0 or k.shape[1] % PAGE_SIZE_MULTIPLE != 0:
-            raise RuntimeError(
-                "k: Paged KV cache block size must be divisible by"
-                f" {PAGE_SIZE_MULTIPLE}; got page_size = {k.shape[1]} in k = {_text(k.shape)}"
-            )
 
 
-def _check_integers(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+def check_no_dropout_of_pages(block_table: Tensor | None, dropout_p: float) -> None:
+    """Paged k and v are for inference."""
+    if block_table is not None and dropout_p > 0:
+        raise RuntimeError(
+            "dropout_p must be 0 with a block_table: paged k and v are for inference and have no"
+            f" gradients; got dropout_p = {dropout_p}"
+        )
+
+
+def check_integers(
+    name: str, x: Tensor, device: torch.device, shape: tuple[int, ...], meaning: str
+) -> None:
+    """x int32 of that shape on q's device, its last dimension contiguous."""
     if x.dtype != torch.int32:
         raise RuntimeError(f"{name} must have dtype int32 (torch.int32); got {x.dtype}")
-    if x.device != q.device:
+    if x.device != device:
         raise RuntimeError(
-            f"{name} must be on CUDA if q is, on q's device; got {name} on {x.device}, q on"
-            f" {q.device}"
+            f"{name} must be on CUDA if q is, on q's device; got {name} on {x.device}, q on {device}"
         )
-    if len(x.shape) != len(shape) or x.shape != shape:
-        raise RuntimeError(f"{name} must have shape ({meaning}) = {shape}; got {_text(x.shape)}")
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    got = x.shape
+    if len(got) != len(shape) or got != shape:
+        raise RuntimeError(f"{name} must have shape ({meaning}) = {shape}; got {shape_text(got)}")
+    if x.stride()[-1] != 1 and got[-1] > 1:
         raise RuntimeError(f"{name} must be contiguous; got strides {x.stride()}")
 
 
 def check_lengths_on_demand(q: Tensor, k: Tensor, lengths: Lengths) -> None:
     """``check_lengths`` for CUDA tensors, where the environment asks for it."""
-    if torch.compiler.is_compiling() or not q.is_cuda:
-        return
-    if os.environ.get("FLASH_ATTN_CHECK_DEVICE_DATA", "0") not in ("", "0"):
-        from torch._subclasses.fake_tensor import FakeTensor
+    if device_data_is_checked(q):
+        check_lengths(q, k, lengths)
 
-        if not isinstance(q, FakeTensor):  # which holds no data
-            check_lengths(q, k, lengths)
+
+def device_data_is_checked(q: Tensor) -> bool:
+    """Whether q is on CUDA and the environment asks for checks that wait for the device."""
+    if torch.compiler.is_compiling() or not q.is_cuda:
+        return False
+    if os.environ.get("FLASH_ATTN_CHECK_DEVICE_DATA", "0") in ("", "0"):
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not isinstance(q, FakeTensor)  # which holds no data
 
 
 def check_lengths(q: Tensor, k: Tensor, lengths: Lengths) -> None:
     """What the tensors of lengths hold: sequences within q and k, pages that exist, maxima."""
-    _check_cu_seqlens("cu_seqlens_q", lengths.cu_seqlens_q, "q", q.shape[0])
+    check_cu_seqlens("cu_seqlens_q", lengths.cu_seqlens_q, "q", q.shape[0])
     table, rows_k = lengths.block_table, None if lengths.block_table is not None else k.shape[0]
-    _check_cu_seqlens("cu_seqlens_k", lengths.cu_seqlens_k, "k", rows_k)
-    _check_maximum("max_seqlen_q", lengths.max_seqlen_q, lengths.cu_seqlens_q.diff())
+    check_cu_seqlens("cu_seqlens_k", lengths.cu_seqlens_k, "k", rows_k)
+    check_maximum("max_seqlen_q", lengths.max_seqlen_q, lengths.cu_seqlens_q.diff())
 
     used = lengths.cu_seqlens_k.diff()
     if table is not None:
@@ -177,22 +209,28 @@ def check_lengths(q: Tensor, k: Tensor, lengths: Lengths) -> None:
         _check_each("seqused_k", used, 0, capacity, "the sequence has")
     if lengths.leftpad_k is not None:
         _check_each("leftpad_k", lengths.leftpad_k, 0, used, "the sequence has")
-    _check_maximum("max_seqlen_k", lengths.max_seqlen_k, lengths.seqlens_k)
+    check_maximum("max_seqlen_k", lengths.max_seqlen_k, lengths.seqlens_k)
     if table is not None:
-        slots = torch.arange(table.shape[1], device=table.device) * k.shape[1]
-        is_used = slots < used[:, None]
-        if lengths.leftpad_k is not None:
-            is_used &= slots + k.shape[1] > lengths.leftpad_k[:, None]
-        wrong = is_used & ((table < 0) | (table >= k.shape[0]))
-        if wrong.any():
-            sequence, slot = wrong.nonzero()[0].tolist()
-            raise RuntimeError(
-                f"block_table[{sequence}, {slot}] must be a block of k, 0 to {k.shape[0] - 1}; got"
-                f" {table[sequence, slot].item()}"
-            )
+        check_pages("k", table, k, lengths.leftpad_k, used)
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, of: str, rows: int | None) -> None:
+def check_pages(name: str, table: Tensor, k: Tensor, begin: Tensor | None, end: Tensor) -> None:
+    """The pages of the rows begin to end of each sequence exist; begin: None for 0."""
+    num_blocks, page_size = k.shape[:2]
+    slots = torch.arange(table.shape[1], device=table.device) * page_size
+    is_used = slots < end[:, None]
+    if begin is not None:
+        is_used &= (slots + page_size > begin[:, None]) & (begin < end)[:, None]
+    wrong = is_used & ((table < 0) | (table >= num_blocks))
+    if wrong.any():
+        sequence, slot = wrong.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"block_table[{sequence}, {slot}] must be a block of {name}, 0 to {num_blocks - 1}; got"
+            f" {table[sequence, slot].item()}"
+        )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, of: str, rows: int | None) -> None:
     if cu_seqlens[0] != 0:
         raise RuntimeError(f"{name} must start at 0; got {name}[0] = {cu_seqlens[0].item()}")
     lengths = cu_seqlens.diff()
@@ -209,7 +247,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, of: str, rows: int | None) 
         )
 
 
-def _check_maximum(name: str, maximum: int, lengths: Tensor) -> None:
+def check_maximum(name: str, maximum: int, lengths: Tensor) -> None:
     longest = int(lengths.max())
     if maximum < longest:
         raise RuntimeError(
@@ -230,7 +268,7 @@ def _check_each(name: str, x: Tensor, least: int, most: Tensor, limit: str) -> N
 def check_packed(name: str, x: Tensor, count: int, layout: str) -> None:
     """x (..., count, heads, head_dim), with as many dimensions as layout says."""
     if len(x.shape) != layout.count(",") + 1 or x.shape[-3] != count:
-        raise RuntimeError(f"{name} must have shape {layout}; got {_text(x.shape)}")
+        raise RuntimeError(f"{name} must have shape {layout}; got {shape_text(x.shape)}")
 
 
 def check_gradient(name: str, gradient: Tensor, x: Tensor) -> None:
@@ -239,7 +277,7 @@ def check_gradient(name: str, gradient: Tensor, x: Tensor) -> None:
     if got != (x.dtype, x.device, x.shape):
         raise RuntimeError(
             f"{name} must have the dtype, device and shape of {name[1:]}: {x.dtype}, {x.device},"
-            f" {_text(x.shape)}; got {gradient.dtype}, {gradient.device}, {_text(gradient.shape)}"
+            f" {shape_text(x.shape)}; got {gradient.dtype}, {gradient.device}, {shape_text(gradient.shape)}"
         )
     if gradient.shape[-1] > 1 and gradient.stride(-1) != 1:
         raise RuntimeError(
@@ -293,7 +331,7 @@ def check_alibi_slopes(alibi_slopes: Tensor, q: Tensor, batch: int) -> None:
     if len(shape) not in (1, 2) or shape not in ((heads_q,), (batch, heads_q)):
         raise RuntimeError(
             f"alibi_slopes must have shape (heads_q,) = ({heads_q},) or (batch, heads_q) ="
-            f" ({batch}, {heads_q}); got {_text(shape)}"
+            f" ({batch}, {heads_q}); got {shape_text(shape)}"
         )
     if alibi_slopes.stride(-1) != 1 and heads_q > 1:
         raise RuntimeError(
@@ -309,7 +347,7 @@ def resolve_integer(name: str, x: int | Tensor) -> int:
     if isinstance(x, Tensor):
         if x.numel() != 1 or x.is_floating_point() or x.is_complex():
             raise RuntimeError(
-                f"{name} must be an integer; got a {x.dtype} {_text(x.shape)} tensor"
+                f"{name} must be an integer; got a {x.dtype} {shape_text(x.shape)} tensor"
             )
         return x.item()
     try:
@@ -318,5 +356,5 @@ def resolve_integer(name: str, x: int | Tensor) -> int:
         raise RuntimeError(f"{name} must be an integer; got {x!r}") from None
 
 
-def _text(shape: torch.Size) -> str:
+def shape_text(shape: torch.Size) -> str:
     return str(tuple(shape))

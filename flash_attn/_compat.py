@@ -183,11 +183,10 @@ def _flash_attn_varlen_forward(
         *(q, batch, dropout_p, softmax_scale, causal),
         *((window_size_left, window_size_right), softcap, alibi_slopes),
     )
+    _checks.check_no_dropout_of_pages(block_table, dropout_p)
     has_probabilities = return_softmax and dropout_p > 0
-    if has_probabilities and any(x is not None for x in (block_table, leftpad_k, seqused_k)):
-        raise RuntimeError(
-            "return_softmax: S_dmask is not available with block_table, leftpad_k or seqused_k"
-        )
+    if has_probabilities and any(x is not None for x in (leftpad_k, seqused_k)):
+        raise RuntimeError("return_softmax: S_dmask is not available with leftpad_k or seqused_k")
     _checks.check_lengths_on_demand(q, k, lengths)
     q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
     rng_state = _draw_rng_state(q, batch, dropout_p)

@@ -1,26 +1,30 @@
 """The operators: schemas, shape functions, and who implements them on which device.
 
-Used by ``_autograd`` and ``_compat``.  The CPU implementation is ``_reference`` and
-``_reference_varlen``; the CUDA implementation comes with the compiled extension
-``flash_attn_2_cuda``, which registers itself when it is imported.  Without it everything but a call
-on CUDA tensors works.
+Used by ``_autograd``, ``_decode`` and ``_compat``.  The CPU implementation is ``_reference``,
+``_reference_varlen`` and ``_reference_decode``; the CUDA implementation comes with the compiled
+extension ``flash_attn_2_cuda``, which registers itself when it is imported.  Without it everything
+but a call on CUDA tensors works.
 """
 
 import torch
 from torch import Tensor
 
-from flash_attn import _reference, _reference_varlen
-from flash_attn._arguments import Lengths, Options
+from flash_attn import _reference, _reference_decode, _reference_varlen
+from flash_attn._arguments import Cache, Lengths, Options
 from flash_attn._checks import check_lengths
+from flash_attn._checks_decode import check_cache_contents
 from flash_attn._scores import compute_dtype
 
 __all__ = [
     "attn_probs",
     "bwd",
     "bwd_into",
+    "decode",
+    "decode_append",
     "draw_rng_state",
     "extension",
     "fwd",
+    "merge_states",
     "varlen_bwd",
     "varlen_bwd_into",
     "varlen_fwd",
@@ -47,6 +51,20 @@ __all__ = [
 #
 # Inputs may have any strides with a contiguous last dimension, and so may the dq, dk and dv that bwd_into
 # and varlen_bwd_into fill; outputs are contiguous.
+#
+# decode, decode_append: forward only.  q, out and softmax_lse as above, dense or, with cu_seqlens_q,
+# varlen.  k_cache, v_cache (batch_cache, seqlen_cache, heads_k, head_dim), or with block_table paged;
+# capacity: seqlen_cache, or max_blocks * page_size.  Sequence b has the rows 0 to cache_seqlens[b] of
+# its entry (cache_batch_idx) or pages, or 0 to cache_seqlen where cache_seqlens is None; its keys are
+# those from cache_leftpad on.  decode_append first writes k and v (batch, seqlen_new, heads_k, head_dim),
+# or with cu_seqlens_q (total_q, heads_k, head_dim), behind the last row; those beyond the capacity are
+# an error on the CPU and left out on CUDA.  rotary_cos, rotary_sin (seqlen_rotary, rotary_dim / 2):
+# new key j is rotated by the position of the row it is written to, query i by cache_seqlens[b] + i, or
+# without causal and window by cache_seqlens[b].  num_splits: n > 0 cuts every sequence's keys into n
+# parts by its own length alone; 0 leaves it to the kernel; the CPU ignores it.
+#
+# merge_states: out, softmax_lse of attention to the keys of two parts, dense or varlen; an infinite
+# softmax_lse, +inf or -inf, is that of a part without keys.
 _OPTIONS = (
     "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap,"
     " Tensor? alibi_slopes, float dropout_p, Tensor? rng_state"
@@ -57,6 +75,12 @@ _GRADIENTS_OF = (
 )
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dv"
 _GRADIENTS_INTO = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
+_CACHE = (
+    "Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? cache_seqlens, SymInt cache_seqlen,"
+    " Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, float softmax_scale,"
+    " bool causal, SymInt window_left, SymInt window_right, float softcap, Tensor? alibi_slopes,"
+    " SymInt num_splits"
+)
 
 S_DMASK_ROUND = 128
 
@@ -97,6 +121,19 @@ _define(
     " SymInt window_right, float softcap, Tensor? alibi_slopes, float dropout_p, Tensor rng_state)"
     " -> Tensor",
 )
+_define(
+    "decode",
+    f"(Tensor q, Tensor k_cache, Tensor v_cache, {_CACHE}) -> (Tensor out, Tensor softmax_lse)",
+)
+_define(
+    "decode_append",
+    "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? rotary_cos,"
+    f" Tensor? rotary_sin, bool rotary_interleaved, {_CACHE}) -> (Tensor out, Tensor softmax_lse)",
+)
+_define(
+    "merge_states",
+    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor softmax_lse)",
+)
 
 # What the operators return, for FakeTensor, torch.compile and the meta device.
 
@@ -112,6 +149,19 @@ def fwd_shapes(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tenso
 def varlen_fwd_shapes(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     total_q, heads_q, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((heads_q, total_q), dtype=compute_dtype(q))
+
+
+@torch.library.register_fake("flash_attn::decode")
+@torch.library.register_fake("flash_attn::decode_append")
+def _decode_shapes(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return (fwd_shapes if q.dim() == 4 else varlen_fwd_shapes)(q, q, q)
+
+
+@torch.library.register_fake("flash_attn::merge_states")
+def _merge_states_shapes(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
 @torch.library.register_fake("flash_attn::bwd")
@@ -230,6 +280,33 @@ def _attn_probs(
     return probs
 
 
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: object
+) -> tuple[Tensor, Tensor]:
+    cache, options = Cache(*arguments[:7]), Options(*arguments[7:13], 0.0, None)
+    check_cache_contents(q, k_cache, None, None, cache, options)
+    return _reference_decode.decode_forward(q, k_cache, v_cache, cache, options)
+
+
+def _decode_append(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
+    *arguments: object,
+) -> tuple[Tensor, Tensor]:
+    cache, options = Cache(*arguments[:7]), Options(*arguments[7:13], 0.0, None)
+    check_cache_contents(q, k_cache, k, rotary_cos, cache, options)
+    rotary = None if rotary_cos is None else (rotary_cos, rotary_sin, rotary_interleaved)
+    return _reference_decode.decode_append_forward(
+        q, k_cache, v_cache, k, v, rotary, cache, options
+    )
+
+
 _ON_CPU = {
     "fwd": _fwd,
     "bwd": _bwd,
@@ -239,6 +316,9 @@ _ON_CPU = {
     "varlen_bwd_into": _varlen_bwd_into,
     "draw_rng_state": _draw_rng_state,
     "attn_probs": _attn_probs,
+    "decode": _decode,
+    "decode_append": _decode_append,
+    "merge_states": _reference_decode.merge_states,
 }
 for _name, _function in _ON_CPU.items():
     torch.library.impl(f"flash_attn::{_name}", "CPU", _function)
@@ -268,3 +348,6 @@ varlen_bwd = torch.ops.flash_attn.varlen_bwd.default
 varlen_bwd_into = torch.ops.flash_attn.varlen_bwd_into.default
 draw_rng_state = torch.ops.flash_attn.draw_rng_state.default
 attn_probs = torch.ops.flash_attn.attn_probs.default
+decode = torch.ops.flash_attn.decode.default
+decode_append = torch.ops.flash_attn.decode_append.default
+merge_states = torch.ops.flash_attn.merge_states.default

@@ -49,7 +49,7 @@ def attention_forward(
     lses = qs.new_empty(qs.shape[:-1])
     for part in _parts(qs, ks):
         _forward_part(*(x[part] for x in (qs, ks, vs, outs, lses)), scores.part(part))
-    return _like(outs, q), _own(lses.view(q.shape[0], q.shape[2], q.shape[1]))
+    return _like(outs, q), own(lses.view(q.shape[0], q.shape[2], q.shape[1]))
 
 
 def _forward_part(
@@ -213,10 +213,10 @@ def _like(x: Tensor, original: Tensor) -> Tensor:
     """The inverse of _by_key_head: a contiguous tensor of the original's shape and dtype."""
     batch, seqlen, heads, head_dim = original.shape
     x = x.view(batch, heads, seqlen, head_dim).transpose(1, 2)
-    return _own(x.to(original.dtype).contiguous())
+    return own(x.to(original.dtype).contiguous())
 
 
-def _own(x: Tensor) -> Tensor:
+def own(x: Tensor) -> Tensor:
     """Contiguous x, no copy, but no view to autograd: callers may change a result in place."""
     return torch.ops.aten._unsafe_view(x, x.shape)
 
@@ -273,7 +273,7 @@ def _torch_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Ten
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *map(_heads_first, (q, k, v)), 0.0, causal, scale=scale
     )
-    return _own(out.transpose(1, 2).to(q.dtype).contiguous()), _own(lse.contiguous())
+    return own(out.transpose(1, 2).to(q.dtype).contiguous()), own(lse.contiguous())
 
 
 def _torch_backward(
@@ -289,7 +289,7 @@ def _torch_backward(
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *map(_heads_first, (dout, q, k, v, out)), lse.contiguous(), 0.0, causal, scale=scale
     )
-    dq, dk, dv = (_own(grad.transpose(1, 2).to(q.dtype).contiguous()) for grad in grads)
+    dq, dk, dv = (own(grad.transpose(1, 2).to(q.dtype).contiguous()) for grad in grads)
     return dq, dk, dv
 
 

@@ -1,9 +1,10 @@
 """The public functions: names, arguments, defaults and documentation; ``_autograd`` does the work.
 
 ``flash_attn_func`` documents what attention is here; the other functions say only what differs.
+Those for decoding come from ``_decode``.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +28,10 @@ from flash_attn._compat import (  # noqa: F401
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
     round_multiple,
+)
+from flash_attn._decode import (  # noqa: F401
+    flash_attn_with_kvcache,
+    merge_states,
 )
 
 # The compiled extension under the name that other libraries import; None where it is not built.
@@ -215,7 +220,8 @@ def flash_attn_varlen_func(
         alibi_slopes: (heads_q,) or (batch, heads_q), batch the number of sequences.
         block_table: (batch, max_blocks), int32: the pages of each sequence, for paged k and v: key j
             of sequence b is k[block_table[b, j // page_size], j % page_size].  Entries beyond a
-            sequence's length are not read.  Paged k and v have no gradients.
+            sequence's length are not read.  Paged k and v are for inference: they have no gradients,
+            and dropout_p must be 0.
 
     The other arguments are those of ``flash_attn_func``.
 
@@ -225,19 +231,14 @@ def flash_attn_varlen_func(
         rounded up to 128, max_seqlen_k rounded up to 128), (0,) without dropout.
 
     Raises:
-        RuntimeError: as ``flash_attn_func``; also return_attn_probs with dropout and a block_table,
-            and the backward pass with a block_table.  What cu_seqlens, max_seqlen and block_table
-            hold is checked on the CPU; on CUDA, where this waits for the device, only if the
-            environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.  Unchecked, wrong contents are undefined
-            behaviour.
+        RuntimeError: as ``flash_attn_func``; also dropout and the backward pass with a block_table.
+            What cu_seqlens, max_seqlen and block_table hold is checked on the CPU; on CUDA, where
+            this waits for the device, only if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.
+            Unchecked, wrong contents are undefined behaviour.
     """
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     _checks.check_varlen(q, k, v, lengths)
-    if block_table is not None and return_attn_probs and dropout_p > 0:
-        raise RuntimeError(
-            "return_attn_probs: S_dmask, which dropout_p > 0 asks for, is not available with a"
-            f" block_table; got dropout_p = {dropout_p}"
-        )
+    _checks.check_no_dropout_of_pages(block_table, dropout_p)
     score = _checks.check_options(
         *(q, cu_seqlens_q.shape[0] - 1, dropout_p),
         *(softmax_scale, causal, window_size, softcap, alibi_slopes),
@@ -321,60 +322,6 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: int | Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: Tensor | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-) -> Any:
-    """Attention to a cache of keys and values, updated in place.  Not in this release.
-
-    Args:
-        q: (batch, seqlen_q, heads_q, head_dim).
-        k_cache: (batch_cache, seqlen_cache, heads_k, head_dim), or paged: (num_blocks, page_size,
-            heads_k, head_dim).
-        v_cache: the same shape as k_cache.
-        k: (batch, seqlen_new, heads_k, head_dim), appended at cache_seqlens.
-        v: the same shape as k.
-        rotary_cos: (seqlen_rotary, rotary_dim / 2), applied to k and q by their position.
-        rotary_sin: the same shape as rotary_cos.
-        cache_seqlens: int or (batch,), int32: the length of each cached sequence before the call.
-        cache_batch_idx: (batch,), int32: the cache entry of each batch entry.
-        cache_leftpad: (batch,), int32: where each cached sequence begins.
-        block_table: (batch, max_blocks), int32: the pages of each sequence, for a paged cache.
-        rotary_interleaved: rotate dimensions 0 and 1, 2 and 3, ... rather than 0 and
-            rotary_dim / 2, ...
-        num_splits: how many parts the keys are divided into for parallel work; 0 lets a heuristic
-            choose.
-        return_softmax_lse: return softmax_lse too.
-
-    The other arguments are those of ``flash_attn_func``.
-
-    Returns:
-        out (batch, seqlen_q, heads_q, head_dim), or (out, softmax_lse) with softmax_lse (batch,
-        heads_q, seqlen_q).
-
-    Raises:
-        NotImplementedError: always; planned for the decoding API.
-    """
-    _raise_planned("flash_attn_with_kvcache", "the decoding API")
-
-
 def _lengths(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
@@ -387,10 +334,6 @@ def _lengths(
         _checks.resolve_integer("max_seqlen_q", max_seqlen_q),
         _checks.resolve_integer("max_seqlen_k", max_seqlen_k),
     )
-
-
-def _raise_planned(function: str, release: str) -> NoReturn:
-    raise NotImplementedError(f"{function} is planned for a later release ({release})")
 
 
 # Upstream's autograd Functions, for code that calls their apply.

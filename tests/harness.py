@@ -104,9 +104,7 @@ def run_varlen(
     lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
     dropout_p = features.get("dropout_p", 0.0)
 
-    def call(*qkv: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if dropout_p and "block_table" in features:  # there is no S_dmask of pages
-            return flash_attn_varlen_func(*qkv, *lengths, **options), None, None
+    def call(*qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return flash_attn_varlen_func(*qkv, *lengths, return_attn_probs=True, **options)
 
     dout = x.dout if backward else None
@@ -115,7 +113,7 @@ def run_varlen(
 
 
 def _run(
-    call: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
+    call: Callable[..., tuple[Tensor, Tensor, Tensor]],
     q: Tensor,
     k: Tensor,
     v: Tensor,

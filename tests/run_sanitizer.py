@@ -6,7 +6,8 @@
 
 Cases: forward and backward (default and deterministic) of every built head dimension and dtype, causal
 and full, ragged lengths with more queries than keys and the reverse, grouped heads; then windows,
-softcap, ALiBi and dropout with S_dmask, sequences of different lengths, and pages.
+softcap, ALiBi and dropout with S_dmask, sequences of different lengths, pages, and decoding: few and
+many queries, caches with and without pages, appending with rotary, splits and merged parts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from pathlib import Path
 
 import torch
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    merge_states,
+)
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PADDED = {
@@ -96,6 +102,90 @@ def varlen_case(head_dim: int, dtype: torch.dtype, options: dict) -> None:
             **options,
         )
         torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    if not options.get("dropout_p"):
+        paged_case(head_dim, dtype, cu_q, lengths_k, max(lengths_q), options)
+
+
+def make_pages(
+    head_dim: int, dtype: torch.dtype, lengths: tuple[int, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Pages of 16 for K and V, whole ones only, and their table, out of range where none is needed."""
+    counts = [-(-n // 16) for n in lengths]
+    table = torch.full((len(lengths), max(counts) + 1), 2**30, dtype=torch.int32)
+    order = iter(torch.randperm(sum(counts)).tolist())
+    for n, count in enumerate(counts):
+        table[n, :count] = torch.tensor([next(order) for _ in range(count)], dtype=torch.int32)
+    k, v = (torch.randn(sum(counts), 16, 1, head_dim).to(dtype).cuda() for _ in range(2))
+    return k, v, table.cuda()
+
+
+def paged_case(
+    head_dim: int,
+    dtype: torch.dtype,
+    cu_q: torch.Tensor,
+    lengths_k: tuple[int, ...],
+    longest_q: int,
+    options: dict,
+) -> None:
+    """flash_attn_varlen_func with pages."""
+    q = torch.randn(int(cu_q[-1]) + 5, 2, head_dim).to(dtype).cuda()
+    k, v, table = make_pages(head_dim, dtype, lengths_k)
+    cu_k = torch.tensor([0, *itertools.accumulate(lengths_k)], dtype=torch.int32).cuda()
+    flash_attn_varlen_func(
+        *(q, k, v, cu_q, cu_k, longest_q, max(lengths_k)), block_table=table, **options
+    )
+
+
+def decode_case(head_dim: int, dtype: torch.dtype, seqlen_q: int, heads: int, paged: bool) -> None:
+    """flash_attn_with_kvcache: attention alone in one and more parts, then appending, and merging."""
+    lengths = (0, 33, 200)
+    full = tuple(n + seqlen_q for n in lengths)
+    if paged:
+        k_cache, v_cache, table = make_pages(head_dim, dtype, full)
+        indices = dict(block_table=table)
+    else:
+        k_cache, v_cache = (
+            torch.randn(4, max(full), 1, head_dim).to(dtype).cuda() for _ in range(2)
+        )
+        indices = dict(cache_batch_idx=torch.tensor([2, 3, 0], dtype=torch.int32).cuda())
+    q = torch.randn(3, seqlen_q, heads, head_dim).to(dtype).cuda()
+    seqlens = torch.tensor(lengths, dtype=torch.int32).cuda()
+    states = []
+    for options in (
+        dict(num_splits=0),
+        dict(num_splits=1, causal=True),
+        dict(num_splits=3, window_size=(60, 3), softcap=5.0),
+        dict(cache_leftpad=torch.tensor([0, 33, 70], dtype=torch.int32).cuda()),
+    ):
+        states.append(
+            flash_attn_with_kvcache(
+                *(q, k_cache, v_cache),
+                cache_seqlens=seqlens,
+                return_softmax_lse=True,
+                **indices,
+                **options,
+            )
+        )
+    merge_states(*states[0], *states[3])
+    new = [torch.randn(3, seqlen_q, 1, head_dim).to(dtype).cuda() for _ in range(2)]
+    tables = [torch.rand(272 + seqlen_q, 16).to(dtype).cuda() for _ in range(2)]
+    for interleaved in (False, True):
+        flash_attn_with_kvcache(
+            *(q, k_cache, v_cache, *new, *tables),
+            cache_seqlens=seqlens,
+            causal=True,
+            rotary_interleaved=interleaved,
+            **indices,
+        )
+    cu_q = torch.tensor([0, seqlen_q, seqlen_q, 2 * seqlen_q], dtype=torch.int32).cuda()
+    flash_attn_with_kvcache(
+        *(q.flatten(0, 1), k_cache, v_cache, *(t.flatten(0, 1) for t in new)),
+        cache_seqlens=seqlens,
+        causal=True,
+        cu_seqlens_q=cu_q,
+        max_seqlen_q=seqlen_q,
+        **indices,
+    )
 
 
 def run(only: int | None) -> None:
@@ -118,6 +208,11 @@ def run(only: int | None) -> None:
             torch.cuda.synchronize()
             count += 1
             print(f"{dtype} d{head_dim} varlen {options}", flush=True)
+        for (seqlen_q, heads), paged in itertools.product(((1, 8), (3, 1), (70, 2)), (False, True)):
+            decode_case(head_dim, names[dtype], seqlen_q, heads, paged)
+            torch.cuda.synchronize()
+            count += 1
+            print(f"{dtype} d{head_dim} decode q{seqlen_q} h{heads} paged {paged}", flush=True)
     if count == 0:
         raise SystemExit("no case: is the head dimension built?")
     print(f"ran {count} cases")

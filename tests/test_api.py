@@ -1,4 +1,4 @@
-"""The public surface: names, signatures, version, what is not there yet, imports without a GPU."""
+"""The public surface: names, signatures, version, imports without a GPU."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ SIGNATURES = {
         "num_splits": 0,
         "return_softmax_lse": False,
     },
+    "merge_states": dict.fromkeys(("out_a", "lse_a", "out_b", "lse_b"), REQUIRED),
 }
 
 
@@ -142,9 +143,14 @@ def test_window_that_is_none(window_size: tuple) -> None:
         flash_attn_func(*QKV, window_size=window_size)
 
 
-def test_function_of_a_later_release_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache"):
-        flash_attn.flash_attn_with_kvcache(*QKV)
+def test_exports_are_the_documented_ones() -> None:
+    assert sorted(flash_attn.__all__) == sorted(SIGNATURES)
+    for name in SIGNATURES:
+        assert getattr(interface, name) is getattr(flash_attn, name)
+    extra = {"cu_seqlens_q": None, "max_seqlen_q": None}
+    parameters = inspect.signature(flash_attn.flash_attn_with_kvcache).parameters.values()
+    keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert keywords == extra
 
 
 def test_defaults_spelled_out_are_accepted() -> None:

@@ -23,6 +23,7 @@ from cases import (
     make_varlen_inputs,
     on_devices,
 )
+from decoding import DecodeCase, check_decode, make_decode_inputs, run_decode
 from harness import (
     assert_bitwise,
     assert_nearly,
@@ -565,6 +566,67 @@ def test_varlen_offsets_beyond_32_bits_O1(device: str, case: VarlenCase) -> None
     options = features_of(case, device) | dict(causal=case.causal, deterministic=True)
     want = run_varlen(dense, **options)
     assert_same_result(run_varlen(dense.map(spread), **options), want, case, dq_bitwise=True)
+
+
+DECODING = [
+    DecodeCase((300, 5, 513), 1, (8, 2), 128, Mask.causal, append=1, rotary="halves"),
+    DecodeCase((300, 5, 513), 1, (8, 2), 128, Mask.causal, append=1, page_size=16),
+    DecodeCase((300, 5, 513), 70, (4, 2), 64, Mask.causal, append=70, page_size=64),
+    DecodeCase((300, 5, 513), 5, (4, 2), 256, page_size=256),
+    DecodeCase((300, 5, 513), 5, (4, 2), 96, entries="permuted"),
+]
+
+
+@pytest.mark.slow
+@on_devices(cuda=DECODING)
+@pytest.mark.parametrize("which", ["block", "row", "head"])
+def test_caches_beyond_32_bits_O3(device: str, case: DecodeCase, which: str) -> None:
+    """Views of huge buffers: the last page, row or head lies more than 2^32 elements from the first."""
+    needs_memory(24)
+    x = make_decode_inputs(case, device)
+    blocks, rows, heads, dim = x.k_cache.shape
+    steps = {"block": blocks, "row": rows, "head": heads}[which] - 1
+    stride = (2**32 // steps // 64 + 1) * 64
+    strides = {
+        "block": (stride, heads * dim, dim, 1),
+        "row": (heads * dim, stride, dim, 1),
+        "head": (rows * dim, dim, stride, 1),
+    }[which]
+    storage = torch.empty(stride * steps + 2**23, dtype=case.torch_dtype, device=device)
+
+    def spread(t: Tensor, offset: int) -> Tensor:
+        return storage.as_strided(t.shape, strides, storage_offset=offset).copy_(t)
+
+    # A row's blocks, a head's rows and blocks are between two steps of the large stride.
+    assert stride >= 2 * 2**21 and x.k_cache.numel() // (steps + 1) <= 2**21
+    far = replace(x, k_cache=spread(x.k_cache, 0), v_cache=spread(x.v_cache, 2**21))
+    want, ours = run_decode(x), run_decode(far)
+    for name in ("out", "lse"):
+        assert_bitwise(name, getattr(ours, name), getattr(want, name), case)
+    assert_bitwise("k_cache", far.k_cache, x.k_cache, case)
+    assert_bitwise("v_cache", far.v_cache, x.v_cache, case)
+
+
+@pytest.mark.slow
+@on_devices(cuda=[DecodeCase((2**20 + 5, 2**20 - 60), 1, (4, 1), 128, Mask.causal, append=1)])
+@pytest.mark.parametrize("page_size", [0, 64])
+def test_very_long_cache(device: str, case: DecodeCase, page_size: int) -> None:
+    needs_memory(24)
+    case = case.but(page_size=page_size)
+    check_decode(case, make_decode_inputs(case, device))
+
+
+@pytest.mark.slow
+@on_devices(cuda=[DecodeCase((200,) * 4, 70_000, (2, 1), 64), DecodeCase((40,) * 70_000, 1)])
+def test_partial_results_of_many_rows_O5(device: str, case: DecodeCase) -> None:
+    """More sequences than a grid's second axis holds; splits * batch * heads * rows beyond 2^31."""
+    needs_memory(60)
+    x = make_decode_inputs(case, device)
+    want = run_decode(x, num_splits=1)
+    for num_splits in (0, 3) if case.batch > 4 else (0, 64):
+        ours = run_decode(x, num_splits=num_splits)
+        assert_nearly("out", ours.out, want.out, case, eps=2 * torch.finfo(want.out.dtype).eps)
+        assert_nearly("lse", ours.lse, want.lse, case, eps=1e-6)
 
 
 @pytest.mark.gpus(2)

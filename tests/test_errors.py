@@ -245,11 +245,17 @@ VARLEN = [
         with_pages(lambda x: {"block_table": x["block_table"][:1]}),
         ("block_table", "(1, 2)", "(2, 2)"),
     ),
+    Bad("table_flat", with_pages(integers("block_table", 0, 1)), ("block_table", "(2,)", "(2, 1)")),
     Bad("table_strided", with_pages(strided("block_table")), ("block_table", "contiguous")),
+    Bad(
+        "dropout_of_pages",
+        with_pages(lambda x: {"dropout_p": 0.5}),
+        ("dropout_p", "block_table", "0.5"),
+    ),
     Bad(
         "s_dmask_of_pages",
         with_pages(lambda x: {"dropout_p": 0.5, "return_attn_probs": True}),
-        ("return_attn_probs", "block_table"),
+        ("dropout_p", "block_table", "0.5"),
     ),
 ]
 # What only the tensors' contents tell.
@@ -307,8 +313,7 @@ def test_wrong_varlen_call_is_refused(
     monkeypatch.setenv("FLASH_ATTN_CHECK_DEVICE_DATA", "1")
     x = right_varlen_call(device)
     flash_attn_varlen_func(**x)
-    if device == "cpu":  # planned for CUDA
-        flash_attn_varlen_func(**(x | with_pages(lambda x: {})(x)))
+    flash_attn_varlen_func(**(x | with_pages(lambda x: {})(x)))
     with pytest.raises(RuntimeError) as caught:
         flash_attn_varlen_func(**(x | bad.change(x)))
     missing = [word for word in bad.words if word not in str(caught.value)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import AttnCase, cuda_build, is_built, make_inputs
+from cases import Alibi, AttnCase, Mask, cuda_build, is_built, make_inputs
+from decoding import DecodeCase, make_decode_inputs, run_decode
+from harness import assert_bitwise
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_attn.flash_attn_interface import flash_attn_gpu
@@ -80,6 +82,42 @@ def test_dropout_and_its_probabilities_cuda() -> None:
     want, _, want_probs = flash_attn_func(q, k, v, dropout_p=0.25, return_attn_probs=True)
     assert torch.equal(out, want) and torch.equal(probs, want_probs)
     assert probs.shape == (1, 4, 256, 256) and rng_state[0].item() == 3
+
+
+KVCACHE = [
+    DecodeCase((90, 5, 200), 1, (4, 2), 64, Mask.causal, append=1, rotary="halves", page_size=16),
+    DecodeCase((90, 5, 200), 3, (4, 2), 64, Mask.causal, append=3, rotary="interleaved"),
+    DecodeCase((90, 5, 200), 4, (4, 2), 64, entries="permuted", window=(40, 3), softcap=5.0),
+    DecodeCase(
+        (90, 5, 200), 4, (4, 2), 64, leftpad=(3, 0, 70), alibi=Alibi.per_batch, num_splits=3
+    ),
+]
+
+
+@pytest.mark.parametrize("case", KVCACHE, ids=str)
+def test_fwd_kvcache_takes_20_arguments_cuda(case: DecodeCase) -> None:
+    x = make_decode_inputs(case, "cuda")
+    y, o = x.fresh(), x.options
+    want = run_decode(y)
+    for out_ in (None, torch.full_like(x.q, torch.nan)):
+        z = x.fresh()
+        tensors = (
+            *(z.q, z.k_cache, z.v_cache, o.get("k"), o.get("v"), o["cache_seqlens"]),
+            *(o.get("rotary_cos"), o.get("rotary_sin"), o.get("cache_batch_idx")),
+            *(o.get("cache_leftpad"), o.get("block_table"), o.get("alibi_slopes"), out_),
+        )
+        scalars = (
+            *(case.scale, case.causal, *case.window, case.softcap),
+            *(o.get("rotary_interleaved", True), case.num_splits),
+        )
+        assert len(tensors) + len(scalars) == 20
+        out, lse = flash_attn_gpu.fwd_kvcache(*tensors, *scalars)
+        assert out_ is None or out.data_ptr() == out_.data_ptr()
+        for name, ours, expected in (
+            *(("out", out, want.out), ("lse", lse, want.lse)),
+            *(("k_cache", z.k_cache, y.k_cache), ("v_cache", z.v_cache, y.v_cache)),
+        ):
+            assert_bitwise(name, ours, expected, case)
 
 
 def test_a_generator_is_refused_cuda() -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import AttnCase, Mask, everywhere, make_inputs
-from harness import assert_nearly, leaves, run_flash
+from cases import Alibi, AttnCase, Mask, everywhere, make_inputs
+from decoding import DecodeCase, make_decode_inputs
+from harness import assert_bitwise, assert_nearly, leaves, run_flash
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -21,6 +22,7 @@ from flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 
 CASES = [
@@ -39,6 +41,12 @@ GRADIENTS_OF = (
     "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse"
 )
 INTO = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
+CACHE = (
+    "Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? cache_seqlens, SymInt cache_seqlen, "
+    "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, float softmax_scale, "
+    "bool causal, SymInt window_left, SymInt window_right, float softcap, Tensor? alibi_slopes, "
+    "SymInt num_splits"
+)
 SCHEMAS = {
     "fwd": f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor out, Tensor softmax_lse)",
     "bwd": f"({GRADIENTS_OF}, {OPTIONS}, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
@@ -49,6 +57,13 @@ SCHEMAS = {
     "varlen_bwd": f"({GRADIENTS_OF}, {LENGTHS}, {OPTIONS}, bool deterministic) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     "varlen_bwd_into": f"({GRADIENTS_OF}, {LENGTHS}, {OPTIONS}, bool deterministic, {INTO}) -> ()",
+    "decode": "(Tensor q, Tensor k_cache, Tensor v_cache, "
+    f"{CACHE}) -> (Tensor out, Tensor softmax_lse)",
+    "decode_append": "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
+    "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
+    f"{CACHE}) -> (Tensor out, Tensor softmax_lse)",
+    "merge_states": "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
+    "-> (Tensor out, Tensor softmax_lse)",
     "draw_rng_state": "(Tensor like, SymInt increment) -> Tensor",
     "attn_probs": "(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, "
@@ -140,6 +155,83 @@ def test_opcheck(device: str, case: AttnCase, varlen: bool, with_features: bool)
         grads = [torch.zeros_like(t) for t in call.inputs]
         torch.library.opcheck(call.op("bwd_into"), (*backward, *grads))
     torch.library.opcheck(torch.ops.flash_attn.attn_probs.default, call.probabilities())
+
+
+DECODING = [
+    DecodeCase((90, 5, 60), 1, (4, 2), 64, Mask.causal, append=1, rotary="halves", page_size=16),
+    DecodeCase((90, 5, 60), 3, (4, 2), 64, window=(30, 3), softcap=4.0, alibi=Alibi.per_head),
+    DecodeCase((90, 5, 60), (3, 0, 9), (4, 2), 64, Mask.causal, append=1, leftpad=(3, 0, 60)),
+    DecodeCase((90, 5, 60), 2, (4, 2), 64, Mask.causal, entries="permuted", append=2),
+]
+
+
+def decode_arguments(case: DecodeCase, device: str) -> tuple[torch._ops.OpOverload, tuple]:
+    """decode or decode_append, and its arguments."""
+    x = make_decode_inputs(case, device)
+    new = ("k", "v", "rotary_cos", "rotary_sin", "rotary_interleaved")
+    indices = ("cache_batch_idx", "cache_leftpad", "block_table")
+    cache = (
+        x.options.get("cu_seqlens_q"),
+        max(case.lengths_q),
+        x.options["cache_seqlens"],
+        0,
+        *(x.options.get(name) for name in indices),
+        *(case.scale, case.causal, *case.window, case.softcap, x.options.get("alibi_slopes"), 2),
+    )
+    if case.append is None:
+        return torch.ops.flash_attn.decode.default, (x.q, x.k_cache, x.v_cache, *cache)
+    given = [x.options.get(name) for name in new[:-1]]
+    given.append(x.options.get(new[-1], True))
+    arguments = (x.q, x.k_cache, x.v_cache, *given, *cache)
+    return torch.ops.flash_attn.decode_append.default, arguments
+
+
+@everywhere(*DECODING)
+def test_opcheck_of_decoding(device: str, case: DecodeCase) -> None:
+    op, arguments = decode_arguments(case, device)
+    for t in arguments[1:3]:
+        t.nan_to_num_(0.5)  # the check compares with torch.equal
+    torch.library.opcheck(op, arguments)
+    out, lse = op(*arguments)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+    for a, b in zip(fake, (out, lse), strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        assert b.is_contiguous()
+    torch.library.opcheck(torch.ops.flash_attn.merge_states.default, (out, lse, out, lse - 1))
+
+
+@everywhere(*DECODING)
+def test_decoding_runs_on_fake_and_meta_tensors(device: str, case: DecodeCase) -> None:
+    x = make_decode_inputs(case, device)
+
+    def run(convert: Callable[[Tensor], Tensor]) -> list[tuple]:
+        options = {n: convert(o) if isinstance(o, Tensor) else o for n, o in x.options.items()}
+        caches = (convert(t) for t in (x.q, x.k_cache, x.v_cache))
+        results = flash_attn_with_kvcache(*caches, return_softmax_lse=True, **options)
+        return [(t.shape, t.dtype, t.stride()) for t in results]
+
+    want = run(lambda t: t)
+    with FakeTensorMode() as mode:
+        assert run(mode.from_tensor) == want
+    assert run(lambda t: t.to("meta")) == want
+
+
+class Decoding(torch.nn.Module):
+    def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, options: dict) -> Tensor:
+        return flash_attn_with_kvcache(q, k_cache, v_cache, **options)
+
+
+@everywhere(DECODING[0])
+def test_export_of_decoding(device: str, case: DecodeCase) -> None:
+    """The exported program writes to the caches it is given."""
+    x = make_decode_inputs(case, device)
+    y, z = x.fresh(), x.fresh()
+    program = torch.export.export(Decoding(), (x.q, x.k_cache, x.v_cache, x.options))
+    assert "flash_attn.decode_append" in str(program.graph)
+    want = Decoding()(y.q, y.k_cache, y.v_cache, y.options)
+    assert_nearly("out", program.module()(z.q, z.k_cache, z.v_cache, z.options), want, case)
+    assert_bitwise("k_cache", z.k_cache, y.k_cache, case)
 
 
 def test_opcheck_of_the_generator(device: str) -> None:

@@ -28,6 +28,7 @@ from cases import (
     make_inputs,
     make_varlen_inputs,
 )
+from decoding import DecodeCase, check_decode, make_decode_inputs
 from harness import assert_same_result, check_case, check_varlen, features_of, run_varlen
 from test_layouts import heads_first, misaligned_base, odd_head_stride, odd_row_stride
 from test_varlen import check_forward, make_pages
@@ -81,6 +82,59 @@ def varlen_cases(device: str) -> Any:
 def varlen_case(lengths: list[tuple[int, int]], **fields: Any) -> VarlenCase:
     """Of (query length, key length) for each sequence."""
     return VarlenCase(*(tuple(column) for column in zip(*lengths)), **fields)
+
+
+def decode_cases(device: str) -> Any:
+    """Every option with every other: those that exclude each other are put right in decode_case."""
+    longest = 400 if device == "cuda" else 90
+    sequence = st.tuples(
+        lengths(longest), lengths(70), lengths(40)
+    )  # cached, queries, left padding
+    fields = common(device, longest)
+    fields |= dict(
+        heads=st.tuples(st.sampled_from((1, 2, 3, 4, 8, 16)), st.integers(1, 2)).map(
+            lambda x: (x[0] * x[1], x[1])
+        ),
+        dropout=st.just(0.0),
+        head_dim=fields["head_dim"].map(lambda d: max(d, 16)),
+    )
+    return st.builds(
+        decode_case,
+        st.lists(sequence, min_size=1, max_size=5),
+        is_varlen=st.booleans(),
+        padded=st.booleans(),
+        append=st.one_of(st.none(), st.integers(0, 40)),
+        page_size=st.sampled_from((0, 0, 16, 32, 48, 64, 256)),
+        rotary=st.sampled_from(("", "", "interleaved", "halves")),
+        rotary_dim=st.sampled_from((0, 16, 32)),
+        entries=st.sampled_from(("", "", "permuted", "repeated")),
+        room=st.integers(0, 70),
+        num_splits=st.sampled_from((0, 0, 1, 2, 3, 8, 30)),
+        unused=st.sampled_from((0, 0, 5)),
+        **fields,
+    )
+
+
+def decode_case(
+    sequences: list[tuple[int, int, int]], is_varlen: bool, padded: bool, **fields: Any
+) -> DecodeCase:
+    cached, queries, leftpad = (tuple(column) for column in zip(*sequences))
+    if fields["append"] is None:
+        fields["rotary"] = ""
+    elif fields["entries"] == "repeated":
+        fields["entries"] = "permuted"
+    if fields["page_size"]:
+        fields["entries"] = ""
+    if not is_varlen:
+        fields["unused"] = 0
+    if fields["rotary_dim"] > fields["head_dim"] or not fields["rotary"]:
+        fields["rotary_dim"] = 0
+    if fields["rotary"] and not fields["rotary_dim"]:
+        fields["rotary_dim"] = fields["head_dim"] // 16 * 16
+    case = DecodeCase(cached, queries if is_varlen else queries[0], **fields)
+    if not padded:
+        return case
+    return case.but(leftpad=tuple(map(min, leftpad, case.ends)))
 
 
 def explore(body: Callable[..., None], device: str, **strategies: Any) -> None:
@@ -157,10 +211,17 @@ def test_pages(device: str) -> None:
         check_forward(case, x, ours)
 
     sizes = st.sampled_from((16, 32, 48, 80, 128, 256))
-    cases = varlen_cases(device)
+    cases = varlen_cases(device).map(lambda case: case.but(dropout=0.0))
     if device == "cuda":  # pages are never padded to another head dimension
         cases = cases.map(lambda case: case.but(head_dim=-(-case.head_dim // 8) * 8))
     explore(check, device, case=cases, page_size=sizes)
+
+
+def test_decoding(device: str) -> None:
+    def check(case: DecodeCase) -> None:
+        check_decode(case, make_decode_inputs(case, device))
+
+    explore(check, device, case=decode_cases(device))
 
 
 def test_deterministic_mode_repeats(device: str) -> None:

@@ -48,7 +48,7 @@ def prints(text: str) -> list[str]:
 
 def has_device_instructions(text: str) -> bool:
     """Whether a C++ text launches kernels or calls what only nvcc knows."""
-    pattern = r"<<<|\b__\w+_sync\s*\(|\b__sync\w+\s*\(|\bthreadIdx\b|\bblockIdx\b"
+    pattern = r"<<<|\b__\w+_sync\s*\(|\b__sync\w+\s*\(|\b__ldg\b|\bthreadIdx\b|\bblockIdx\b"
     return re.search(pattern, code_of(text)) is not None
 
 

@@ -427,8 +427,6 @@ def paged(
 
 def make_pages(case: VarlenCase, x: VarlenInputs, page_size: int) -> tuple[VarlenInputs, Tensor]:
     """K and V in pages of a shuffled table, whose entries without a page are out of range."""
-    if x.k.is_cuda:
-        pytest.skip("paged k and v are planned for CUDA (the decoding API)")
     lengths, device = case.lengths_k, x.k.device
     counts = [-(-n // page_size) for n in lengths]
     blocks = sum(counts) + 3
@@ -452,7 +450,7 @@ PAGED = [
     VarlenCase((100, 64, 3), (90, 500, 33), (2, 1), 40, Mask.none, "fp16", window=(30, 90)),
     VarlenCase(
         *((33, 160, 9), (260, 220, 60), (6, 2), 64, Mask.causal, "bf16", (9, 0)),
-        *((50, 10), 5.0, Alibi.per_batch, 0.1),
+        *((50, 10), 5.0, Alibi.per_batch),
     ),
     VarlenCase((65, 200), (300, 100), (2, 1), 192, Mask.causal, softcap=2.0),
     VarlenCase((65, 200), (300, 100), (2, 1), 32, Mask.none, alibi=Alibi.per_head),
@@ -462,8 +460,6 @@ PAGED = [
 def check_forward(case: VarlenCase, dense: VarlenInputs, ours: Result) -> None:
     """out and lse against the oracle on `dense`, whose K and V are one sequence after another."""
     features = features_of(case, dense.q.device)
-    if case.dropout:
-        features["keep"] = varlen_keep(case, ours.rng_state, dense.q.device)
     exact = dict(
         scale=case.scale,
         causal=case.causal,
@@ -488,8 +484,7 @@ def test_pages_of_any_multiple_of_16_K8(device: str, case: VarlenCase, page_size
     want = run_varlen(x, backward=False, **options)
     eps = 2 * torch.finfo(x.q.dtype).eps
     assert_nearly("out", ours.out, want.out, case, eps=eps)
-    if ours.lse is not None:
-        assert_nearly("lse", ours.lse, want.lse, case, eps=1e-6)
+    assert_nearly("lse", ours.lse, want.lse, case, eps=1e-6)
 
 
 @everywhere(*PAGED[:4])
@@ -584,6 +579,8 @@ def test_used_keys_and_left_padding(
     page_size: int | None,
 ) -> None:
     """The keys that count are at the same place for all masks; the others may hold NaN."""
+    if page_size is not None:
+        case = case.but(dropout=0.0)
     x = make_varlen_inputs(case, device)
     begins = leftpad or (0,) * case.batch
     ends = seqused or case.lengths_k
@@ -623,16 +620,6 @@ def test_zero_tensors_changes_no_valid_row(device: str, case: VarlenCase) -> Non
     assert_bitwise("out", ours.out, want.out, case)
     assert_bitwise("lse", ours.lse[:, :used], want.lse[:, :used], case)
     assert ours.out[used:].numel() and not ours.out[used:].any(), case
-
-
-@on_devices(cuda=[VarlenCase((40, 5), (70, 33), (2, 1), 64)])
-def test_pages_are_planned_for_cuda(device: str, case: VarlenCase) -> None:
-    x = make_varlen_inputs(case, device)
-    pages = torch.zeros((8, 16, 1, 64), dtype=case.torch_dtype, device=device)
-    table = torch.arange(8, dtype=torch.int32, device=device).view(2, 4).repeat(1, 2)
-    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
-    with pytest.raises(NotImplementedError, match="block_table"):
-        flash_attn_varlen_func(x.q, pages, pages, *lengths, block_table=table)
 
 
 @everywhere(VarlenCase((40, 5), (70, 33), (2, 1), 64))

@@ -1,4 +1,5 @@
 // From a problem to its kernel: device, head dimension and dtype to an entry of the registry, or a message that says what is built.
+#include <algorithm>
 #include <cstdio>
 #include <string>
 
@@ -7,6 +8,7 @@
 #include "kernels/tile_config.h"
 #include "pieces/device_info.h"
 #include "pieces/sequence.cuh"
+#include "pieces/split.cuh"
 
 namespace flash {
 namespace {
@@ -75,6 +77,10 @@ Status launch_bwd(BwdParams const& params, cudaStream_t stream) {
   return launch(kBwdEntries, params, stream);
 }
 
+Status launch_decode(DecodeParams const& params, cudaStream_t stream) {
+  return launch(kDecodeEntries, params, stream);
+}
+
 BwdPlan plan_bwd(Problem const& problem) {
   bool const small_smem = kSmallTiles && has_small_smem();  // as in sm80/bwd_launch.cuh
   int const head_dim    = built_head_dim(problem.head_dim);
@@ -84,10 +90,45 @@ BwdPlan plan_bwd(Problem const& problem) {
   return {rows * head_dim, 2 * rows, blocks};
 }
 
+DecodePlan plan_decode(Problem const& problem, KvCache const& cache, int num_splits) {
+  int const group = problem.heads_q / problem.heads_kv, rows = problem.seqlen_q * group;
+  bool const narrow = rows <= kNarrowRows;
+  DecodeTile const tile =
+      decode_tile(built_head_dim(problem.head_dim), narrow, kSmallTiles && has_small_smem());
+  int64_t const items = int64_t(problem.batch) * problem.heads_kv * ceil_div(rows, tile.block_m());
+  int const blocks    = sm_count() * tile.ctas;  // that run at once
+  // Many query tiles keep every multiprocessor busy as they are, and those of a head that run together share its keys in L2.
+  constexpr int kManyItems = 4;
+  int splits               = num_splits;
+  // Of one head, at most; numbers of tiles are ints.
+  int64_t const most_tiles =
+      items / problem.heads_kv * (ceil_div(cache.capacity, tile.block_n()) + 1);
+  if (most_tiles > INT32_MAX) { splits = max_of(1, splits); }
+  if (splits == 0 && !narrow && items >= kManyItems * int64_t(blocks)) { splits = 1; }
+
+  DecodePlan plan{};
+  plan.group = group, plan.block_m = tile.block_m(), plan.splits = splits;
+  int64_t slots = 0;
+  if (splits > 0) {
+    plan.grid = items * splits, plan.workers = 1;
+    slots = splits > 1 ? items * splits : 0;
+  } else {
+    plan.grid    = problem.heads_kv;
+    plan.workers = int(
+        std::min<int64_t>(min_of(kMostParts, max_of(1, blocks / problem.heads_kv)), most_tiles));
+    slots = 2 * plan.grid * plan.workers;
+  }
+  plan.partial_o    = slots * tile.block_m() * built_head_dim(problem.head_dim);
+  plan.partial_rows = 2 * slots * tile.block_m();
+  plan.counters     = kMergeLevels * slots;
+  return plan;
+}
+
 BuildInfo build_info() {
   static std::string const head_dims = head_dims_of(kFwdEntries), dtypes = dtypes_of(kFwdEntries);
-  static std::string const families =
-      std::string(kFwdEntries[0].launch ? "fwd" : "") + (kBwdEntries[0].launch ? ",bwd" : "");
+  static std::string const families = std::string(kFwdEntries[0].launch ? "fwd" : "") +
+                                      (kBwdEntries[0].launch ? ",bwd" : "") +
+                                      (kDecodeEntries[0].launch ? ",decode" : "");
   return {kBuiltArchs, head_dims.c_str(), dtypes.c_str(), families.c_str()};
 }
 

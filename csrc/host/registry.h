@@ -11,12 +11,14 @@ struct Entry {
   DType dtype;
   cudaError_t (*launch)(Params const&, cudaStream_t);
 };
-using FwdEntry = Entry<FwdParams>;
-using BwdEntry = Entry<BwdParams>;
+using FwdEntry    = Entry<FwdParams>;
+using BwdEntry    = Entry<BwdParams>;
+using DecodeEntry = Entry<DecodeParams>;
 
 extern FwdEntry const kFwdEntries[];
 extern BwdEntry const kBwdEntries[];
+extern DecodeEntry const kDecodeEntries[];
 extern char const* const kBuiltArchs;
-extern bool const kSmallTiles;  // whether the backward has its tiles for less shared memory
+extern bool const kSmallTiles;  // whether there are tiles for less shared memory
 
 }  // namespace flash

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 HEAD_DIMS: tuple[int, ...] = (32, 64, 96, 128, 192, 256)
 DTYPES: tuple[str, ...] = ("fp16", "bf16")
 # Minimum instruction set -> its families.  sm80 kernels serve every newer GPU too.
-FAMILIES: dict[str, tuple[str, ...]] = {"sm80": ("fwd", "bwd")}
+FAMILIES: dict[str, tuple[str, ...]] = {"sm80": ("fwd", "bwd", "decode")}
 
-_SLOWEST_FAMILY_FIRST = ("bwd", "fwd")
+_SLOWEST_FAMILY_FIRST = ("bwd", "decode", "fwd")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Unit:
     """One generated translation unit."""
 
     isa: str  # "sm80": the minimum instruction set, and the folder of the kernel's headers
-    family: str  # "fwd", "bwd"
+    family: str  # "fwd", "bwd", "decode"
     head_dim: int
     dtype: str  # "fp16", "bf16"
 
@@ -64,5 +64,5 @@ LARGE_SMEM_ARCHS = (90, 100, 103)
 
 
 def needs_small_tiles(archs: Iterable[int]) -> bool:
-    """Whether a build for archs needs the backward's tiles for less than 227 KB of shared memory."""
+    """Whether a build for archs needs tiles for less than 227 KB of shared memory."""
     return any(arch not in LARGE_SMEM_ARCHS for arch in archs)

@@ -86,6 +86,51 @@ constexpr BwdTile general_bwd_tile(int head_dim, bool small_smem) {
   return tile;
 }
 
+// Decoding.  narrow: all rows fit one 16-row MMA tile and every warp has key tiles, a pipeline and a softmax of its own; otherwise warps go along
+// the rows and share key tiles.  Rows are the queries of all heads that share a key head.
+struct DecodeTile {
+  int warps_m, warps_n;  // one of them is 1
+  int tile_n;            // keys of one warp's (narrow) or the thread block's (wide) tile
+  int stages, ctas;      // a stage is one K and one V tile
+  bool q_in_regs;
+
+  constexpr int block_m() const { return 16 * warps_m; }
+  constexpr int block_n() const { return tile_n * warps_n; }
+};
+
+constexpr int kNarrowRows = 16;
+
+constexpr DecodeTile decode_tile(int head_dim, bool narrow, bool small_smem) {
+  if (narrow) {
+    switch (head_dim) {
+      case 32:
+        return {1, 8, 16, 8, 1, true};
+      case 64:
+        return {1, 8, 16, small_smem ? 4 : 6, 1, true};
+      case 96:
+        return {1, 8, 16, small_smem ? 3 : 4, 1, true};
+      case 128:
+        return {1, 8, 16, small_smem ? 2 : 3, 1, true};
+      case 192:
+        return {1, 4, 16, small_smem ? 3 : 4, 1, true};
+      default:
+        return {1, 4, 16, small_smem ? 2 : 3, 1, false};
+    }
+  }
+  switch (head_dim) {
+    case 32:
+    case 64:
+      return {4, 1, 64, 3, 2, true};
+    case 96:
+    case 128:
+      return {4, 1, 64, 2, 2, true};
+    case 192:
+      return {4, 1, 32, 2, small_smem ? 1 : 2, false};
+    default:  // 32 keys: 116 bytes of spills
+      return {4, 1, 16, 3, small_smem ? 1 : 2, false};
+  }
+}
+
 constexpr bool has_small_bwd_tile(int head_dim) { return head_dim > 128; }
 
 }  // namespace flash

@@ -80,23 +80,22 @@ void set_lengths(Problem& problem, Lengths const& lengths, at::Tensor const& q,
 
 }  // namespace
 
-Problem make_problem(at::Tensor const& q, at::Tensor const& k, Lengths const* lengths,
+Problem make_problem(at::Tensor const& q, bool is_ragged, ProblemShape const& shape,
                      Options const& options) {
-  TORCH_CHECK(q.size(lengths ? 0 : 1) < kUnlimited && k.size(lengths ? 0 : 1) < kUnlimited,
-              "q and k: at most 2^30 rows; got ", q.sizes(), " and ", k.sizes());
+  TORCH_CHECK(shape.seqlen_q < kUnlimited && shape.seqlen_k < kUnlimited,
+              "q and k: at most 2^30 rows; got ", shape.seqlen_q, " and ", shape.seqlen_k);
   Problem problem{};
   problem.dtype    = q.scalar_type() == at::kHalf ? DType::kFp16 : DType::kBf16;
-  problem.batch    = int(lengths ? lengths->batch() : q.size(0));
+  problem.batch    = int(shape.batch);
   problem.heads_q  = int(q.size(-2));
-  problem.heads_kv = int(k.size(-2));
+  problem.heads_kv = int(shape.heads_kv);
   problem.head_dim = int(q.size(-1));
-  problem.seqlen_q = int(lengths ? lengths->max_seqlen_q : q.size(1));
-  problem.seqlen_k = int(lengths ? lengths->max_seqlen_k : k.size(1));
+  problem.seqlen_q = int(shape.seqlen_q);
+  problem.seqlen_k = int(shape.seqlen_k);
   problem.scale    = float(std::abs(options.softmax_scale));
   TORCH_CHECK(options.softcap >= 0.0, "softcap must be 0 (off) or positive; got ", options.softcap);
   problem.softcap = float(options.softcap);
-  if (lengths) {
-    set_lengths(problem, *lengths, q, k);
+  if (is_ragged) {
     problem.lse_head_stride = q.size(0);
   } else {
     problem.lse_head_stride  = problem.seqlen_q;
@@ -105,6 +104,20 @@ Problem make_problem(at::Tensor const& q, at::Tensor const& k, Lengths const* le
   resolve_mask(problem, options);
   if (options.alibi_slopes) { set_alibi(problem, *options.alibi_slopes, q); }
   set_dropout(problem, options, q);
+  return problem;
+}
+
+Problem make_problem(at::Tensor const& q, at::Tensor const& k, Lengths const* lengths,
+                     Options const& options) {
+  if (!lengths) {
+    return make_problem(q, false, {q.size(0), k.size(-2), q.size(1), k.size(1)}, options);
+  }
+  TORCH_CHECK(q.size(0) < kUnlimited && k.size(0) < kUnlimited, "q and k: at most 2^30 rows; got ",
+              q.sizes(), " and ", k.sizes());
+  Problem problem = make_problem(
+      q, true, {lengths->batch(), k.size(-2), lengths->max_seqlen_q, lengths->max_seqlen_k},
+      options);
+  set_lengths(problem, *lengths, q, k);
   return problem;
 }
 

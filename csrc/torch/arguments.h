@@ -30,6 +30,24 @@ struct Lengths {
   int64_t batch() const { return cu_seqlens_q.numel() - 1; }
 };
 
+// Sequences in a cache of keys and values.  Their lengths: seqlens, or the differences of cu_seqlens_k, or seqlen for all.
+struct CacheArguments {
+  OptionalTensor const &cu_seqlens_q, &cu_seqlens_k;
+  int64_t max_seqlen_q;
+  OptionalTensor const& seqlens;
+  int64_t seqlen;
+  OptionalTensor const &batch_idx, &leftpad, &block_table;
+};
+
+// Sizes of a problem; seqlen: the largest, of sequences of their own lengths.
+struct ProblemShape {
+  int64_t batch, heads_kv, seqlen_q, seqlen_k;
+};
+
+// Fills what every family needs, for q (..., heads, head_dim); is_ragged: with rows of all sequences in one dimension.
+Problem make_problem(at::Tensor const& q, bool is_ragged, ProblemShape const& shape,
+                     Options const& options);
+
 // Fills what both passes need.  lengths: null for tensors with a batch dimension.  Checks what only this problem can say.
 Problem make_problem(at::Tensor const& q, at::Tensor const& k, Lengths const* lengths,
                      Options const& options);

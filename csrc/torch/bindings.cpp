@@ -20,6 +20,9 @@ TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("varlen_fwd", &flash::varlen_fwd);
   m.impl("varlen_bwd", &flash::varlen_bwd);
   m.impl("varlen_bwd_into", &flash::varlen_bwd_into);
+  m.impl("decode", &flash::decode);
+  m.impl("decode_append", &flash::decode_append);
+  m.impl("merge_states", &flash::merge_states);
   m.impl("draw_rng_state", &flash::draw_rng_state);
   m.impl("attn_probs", &flash::attn_probs);
 }
@@ -159,6 +162,31 @@ Tensors varlen_bwd(at::Tensor dout, at::Tensor q, at::Tensor k, at::Tensor v, at
   return {dq, dk, dv, softmax_d(dout, out)};
 }
 
+Tensors fwd_kvcache(at::Tensor q, at::Tensor k_cache, at::Tensor v_cache, OptionalTensor k,
+                    OptionalTensor v, OptionalTensor seqlens_k, OptionalTensor rotary_cos,
+                    OptionalTensor rotary_sin, OptionalTensor cache_batch_idx,
+                    OptionalTensor leftpad_k, OptionalTensor block_table,
+                    OptionalTensor alibi_slopes, OptionalTensor out_, double softmax_scale,
+                    bool causal, int64_t left, int64_t right, double softcap,
+                    bool rotary_interleaved, int64_t num_splits) {
+  TORCH_CHECK(k.has_value() == v.has_value(),
+              "k and v: If key is supplied, value must also be passed in");
+  TORCH_CHECK(!k || seqlens_k, "seqlens_k: If key is supplied, seqlens_k must also be passed in");
+  TORCH_CHECK(k || !rotary_cos,
+              "k: If rotary cos/sin are provided, new key / value to be appended to KV cache must "
+              "also be provided");
+  int64_t const capacity = k_cache.size(1) * (block_table ? block_table->size(1) : 1);
+  auto [out, lse] = k ? flash::decode_append(q, k_cache, v_cache, *k, *v, rotary_cos, rotary_sin,
+                                             rotary_interleaved, {}, q.size(1), seqlens_k, capacity,
+                                             cache_batch_idx, leftpad_k, block_table, softmax_scale,
+                                             causal, left, right, softcap, alibi_slopes, num_splits)
+                      : flash::decode(q, k_cache, v_cache, {}, q.size(1), seqlens_k, capacity,
+                                      cache_batch_idx, leftpad_k, block_table, softmax_scale,
+                                      causal, left, right, softcap, alibi_slopes, num_splits);
+  copy_if_given(out_, out);
+  return {out_ ? *out_ : out, lse};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(flash_attn_2_cuda, m) {
@@ -183,6 +211,8 @@ PYBIND11_MODULE(flash_attn_2_cuda, m) {
                           return_softmax, generator, 0);
       },
       "The same without num_splits.");
+  m.def("fwd_kvcache", &fwd_kvcache,
+        "Attention to a cache, after new keys and values are appended to it: [out, softmax_lse].");
   m.def("bwd", &bwd, "Backward pass: [dq, dk, dv, softmax_d].");
   m.def("varlen_bwd", &varlen_bwd,
         "Backward pass of sequences of their own lengths: [dq, dk, dv, softmax_d].");

@@ -60,14 +60,16 @@ std::tuple<at::Tensor, at::Tensor> varlen_fwd(
     int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
     int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, double dropout_p,
     OptionalTensor const& rng_state) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !block_table,
-      "block_table: paged k and v are planned for a later release (the decoding API) on CUDA");
+  Options const options{softmax_scale, causal,       window_left, window_right,
+                        softcap,       alibi_slopes, dropout_p,   rng_state};
+  if (block_table) {
+    OptionalTensor const cu_q = cu_seqlens_q, cu_k = cu_seqlens_k, none;
+    return attend_pages(
+        q, k, v, {cu_q, cu_k, max_seqlen_q, seqused_k, 0, none, leftpad_k, block_table}, options);
+  }
   Lengths const lengths{cu_seqlens_q, cu_seqlens_k, seqused_k,
                         leftpad_k,    max_seqlen_q, max_seqlen_k};
-  return forward(q, k, v, &lengths,
-                 {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes,
-                  dropout_p, rng_state});
+  return forward(q, k, v, &lengths, options);
 }
 
 }  // namespace flash

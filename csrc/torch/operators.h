@@ -54,6 +54,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_bwd(
     int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, double dropout_p,
     OptionalTensor const& rng_state, bool deterministic);
 
+std::tuple<at::Tensor, at::Tensor> decode(
+    at::Tensor const& q, at::Tensor const& k_cache, at::Tensor const& v_cache,
+    OptionalTensor const& cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor const& cache_seqlens,
+    int64_t cache_seqlen, OptionalTensor const& cache_batch_idx,
+    OptionalTensor const& cache_leftpad, OptionalTensor const& block_table, double softmax_scale,
+    bool causal, int64_t window_left, int64_t window_right, double softcap,
+    OptionalTensor const& alibi_slopes, int64_t num_splits);
+
+std::tuple<at::Tensor, at::Tensor> decode_append(
+    at::Tensor const& q, at::Tensor k_cache, at::Tensor v_cache, at::Tensor const& k,
+    at::Tensor const& v, OptionalTensor const& rotary_cos, OptionalTensor const& rotary_sin,
+    bool rotary_interleaved, OptionalTensor const& cu_seqlens_q, int64_t max_seqlen_q,
+    OptionalTensor const& cache_seqlens, int64_t cache_seqlen,
+    OptionalTensor const& cache_batch_idx, OptionalTensor const& cache_leftpad,
+    OptionalTensor const& block_table, double softmax_scale, bool causal, int64_t window_left,
+    int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, int64_t num_splits);
+
+// varlen_fwd's part with pages.
+std::tuple<at::Tensor, at::Tensor> attend_pages(at::Tensor const& q, at::Tensor const& k,
+                                                at::Tensor const& v,
+                                                CacheArguments const& arguments,
+                                                Options const& options);
+
+std::tuple<at::Tensor, at::Tensor> merge_states(at::Tensor const& out_a, at::Tensor const& lse_a,
+                                                at::Tensor const& out_b, at::Tensor const& lse_b);
+
 at::Tensor draw_rng_state(at::Tensor const& like, int64_t increment);
 
 at::Tensor attn_probs(at::Tensor const& q_in, at::Tensor const& k_in,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flash_attn._checks_decode import CACHE_VECTOR
 from flash_attn.bert_padding import pad_input, unpad_input
 from flash_attn.flash_attn_interface import (
     flash_attn_kvpacked_func,
@@ -166,10 +167,15 @@ class MHA(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """An empty cache (batch_size, max_seqlen, 2, num_heads_kv, head_dim): keys, then values."""
+        """An empty cache (batch_size, max_seqlen, 2, num_heads_kv, head_dim): keys, then values.
+
+        head_dim is rounded up to a multiple of 8, as ``flash_attn_with_kvcache`` wants it.
+        """
         weight = self.out_proj.weight
-        shape = batch_size, max_seqlen, 2, self.num_heads_kv, self.head_dim
-        return torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
+        head_dim = -(-self.head_dim // CACHE_VECTOR) * CACHE_VECTOR
+        shape = batch_size, max_seqlen, 2, self.num_heads_kv, head_dim
+        new = torch.empty if head_dim == self.head_dim else torch.zeros
+        return new(shape, dtype=dtype or weight.dtype, device=weight.device)
 
     def forward(
         self,
@@ -334,7 +340,7 @@ class MHA(nn.Module):
             )
         if is_first:
             q, kv = self._split(qkv)
-            cache[:, :seqlen] = kv.detach()
+            cache[:, :seqlen, ..., : self.head_dim] = kv.detach()
             return self._attend_q_kv(q, kv, None, None, None, None)
         q, k, v = qkv.split((self.num_heads, self.num_heads_kv, self.num_heads_kv), dim=2)
         return flash_attn_with_kvcache(

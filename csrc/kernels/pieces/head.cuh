@@ -13,13 +13,6 @@ CUTE_DEVICE Element* matrix_of(TensorRef const& tensor, int batch, int head) {
          head * tensor.head_stride;
 }
 
-// blockIdx.x, read anew: the compiler cannot keep what was computed from an earlier read.
-CUTE_DEVICE int block_index_again() {
-  int index;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
-  return index;
-}
-
 // The same value, of which the compiler knows nothing: what follows from it is computed where it is used.
 CUTE_DEVICE int opaque(int value) {
   asm volatile("" : "+r"(value));

@@ -6,20 +6,44 @@
 
 namespace flash {
 
+// Whether the kernel may start while the one before it on the stream ends; it waits for that one's results by itself.
+enum class Start { kAfter, kOverlapped };
+
+struct Grid {
+  int64_t x;
+  int y = 1;
+};
+
 // Above 48 KB, static shared memory included, a kernel must ask for it; asking costs about a microsecond and needs no state.
 template <class... Params>
-cudaError_t launch_tiles(void (*kernel)(Params...), int64_t tiles, int threads, int smem_bytes,
-                         cudaStream_t stream, Params const&... params) {
-  if (tiles == 0) { return cudaSuccess; }
-  if (tiles > INT32_MAX) { return cudaErrorInvalidConfiguration; }
+cudaError_t launch_tiles(Start start, void (*kernel)(Params...), Grid grid, int threads,
+                         int smem_bytes, cudaStream_t stream, Params const&... params) {
+  if (grid.x == 0) { return cudaSuccess; }
+  if (grid.x > INT32_MAX) { return cudaErrorInvalidConfiguration; }
   constexpr int kStaticBytes = 1024;  // more than any kernel has
   if (smem_bytes + kStaticBytes > 48 * 1024) {
     cudaError_t const status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
     if (status != cudaSuccess) { return status; }
   }
-  kernel<<<dim3(unsigned(tiles)), threads, smem_bytes, stream>>>(params...);
-  return cudaGetLastError();
+  dim3 const blocks(unsigned(grid.x), unsigned(grid.y));
+  if (start == Start::kAfter) {
+    kernel<<<blocks, threads, smem_bytes, stream>>>(params...);
+    return cudaGetLastError();
+  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(smem_bytes), config.stream = stream;
+  config.attrs = &overlap, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params...);
+}
+template <class... Params>
+cudaError_t launch_tiles(void (*kernel)(Params...), int64_t tiles, int threads, int smem_bytes,
+                         cudaStream_t stream, Params const&... params) {
+  return launch_tiles(Start::kAfter, kernel, Grid{tiles}, threads, smem_bytes, stream, params...);
 }
 
 }  // namespace flash

@@ -1,5 +1,5 @@
 #pragma once
-// Numbers: fp32 accumulators to 16 bits, base-2 exponentials, reductions over the four lanes that share a row.
+// Numbers: fp32 accumulators to 16 bits, base-2 exponentials, reductions over neighbouring lanes.
 // Used by: the main loops and epilogues.
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
@@ -50,14 +50,21 @@ CUTE_DEVICE float log2_approx(float x) {
   return y;
 }
 
-CUTE_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+// Over groups of kLanes neighbouring lanes.
+template <int kLanes>
+CUTE_DEVICE float lanes_max(float x) {
+  CUTE_UNROLL
+  for (int step = kLanes / 2; step > 0; step /= 2) { x = fmaxf(x, __shfl_xor_sync(~0u, x, step)); }
+  return x;
+}
+template <int kLanes>
+CUTE_DEVICE float lanes_sum(float x) {
+  CUTE_UNROLL
+  for (int step = kLanes / 2; step > 0; step /= 2) { x += __shfl_xor_sync(~0u, x, step); }
+  return x;
 }
 
-CUTE_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 2);
-  return x + __shfl_xor_sync(~0u, x, 1);
-}
+CUTE_DEVICE float quad_max(float x) { return lanes_max<4>(x); }
+CUTE_DEVICE float quad_sum(float x) { return lanes_sum<4>(x); }
 
 }  // namespace flash

@@ -1,0 +1,159 @@
+// New keys and values into a cache, keys rotated; queries rotated into a tensor of their own.  Attention kernels know of neither.
+// One thread for 16 bytes of K, V or Q, or of both halves of a pair of rotated 16 bytes.
+#include <cutlass/numeric_conversion.h>
+#include <cutlass/numeric_types.h>
+
+#include "pieces/dependent.cuh"
+#include "pieces/device_info.h"
+#include "pieces/head.cuh"
+#include "pieces/kv_cache.cuh"
+#include "pieces/launch.cuh"
+
+namespace flash {
+namespace {
+
+constexpr int kThreads = 128, kVector = 8;
+
+template <class Element>
+using Vector = cutlass::AlignedArray<Element, kVector>;
+
+// Which sequence a new row, or query, belongs to.
+struct Token {
+  int batch, index;  // index: in the sequence
+  int k_row, q_row;  // rows of k and q without the batch
+  bool is_new_key, is_query;
+};
+
+__device__ Token find_token(KvUpdateParams const& params, int token) {
+  Problem const& problem = params.problem;
+  if (!problem.cu_seqlens_q) {
+    int const most = max_of(problem.seqlen_q, params.cache.seqlen_new), index = token % most;
+    return {token / most,
+            index,
+            index,
+            index,
+            index < params.cache.seqlen_new,
+            index < problem.seqlen_q};
+  }
+  int low = 0, high = problem.batch;  // cu[low] <= token, and < cu[high] unless high is the end
+  while (high - low > 1) {
+    int const middle                                             = (low + high) / 2;
+    (__ldg(problem.cu_seqlens_q + middle) <= token ? low : high) = middle;
+  }
+  bool const exists = token < __ldg(problem.cu_seqlens_q + problem.batch);
+  return {low, token - __ldg(problem.cu_seqlens_q + low), token, token, exists, exists};
+}
+
+// A row's place in the cache: page or entry, and row in it; false if the cache has none.
+__device__ bool find_row(KvCache const& cache, int batch, int row, int& page, int& row_in_page) {
+  if (row < 0 || row >= cache.capacity) { return false; }
+  if (cache.block_table) {
+    page = __ldg(cache.block_table + batch * cache.block_table_stride + row / cache.page_size);
+    row_in_page = row % cache.page_size;
+  } else {
+    page        = cache.entries ? __ldg(cache.entries + batch) : batch;
+    row_in_page = row;
+  }
+  return unsigned(page) < unsigned(cache.pages);
+}
+
+// Values i of x1 and j of x2 become x1 cos - x2 sin and x1 sin + x2 cos, in fp32.
+template <class Element>
+__device__ void rotate(Vector<Element>& x1, int i, Vector<Element>& x2, int j, Element cos,
+                       Element sin) {
+  float const a = float(x1[i]), b = float(x2[j]), c = float(cos), s = float(sin);
+  x1[i] = Element(a * c - b * s), x2[j] = Element(a * s + b * c);
+}
+
+// Copies one row's columns [column, column + 8), rotated by the position if they are in the rotary dimensions.  Without interleaving the
+// thread of a column in their first half does its partner in the second half too.
+template <class Element>
+__device__ void copy_rotated(KvUpdateParams const& params, Element const* from, Element* to,
+                             int column, int position) {
+  int const half = params.rotary_dim / 2;
+  auto const in  = [&](int at) { return *reinterpret_cast<Vector<Element> const*>(from + at); };
+  auto const out = [&](int at) -> auto& { return *reinterpret_cast<Vector<Element>*>(to + at); };
+  if (column >= params.rotary_dim) {
+    out(column) = in(column);
+    return;
+  }
+  int const row            = min_of(max_of(position, 0), params.positions - 1);
+  Element const* const cos = static_cast<Element const*>(params.cos) + row * params.cos_stride;
+  Element const* const sin = static_cast<Element const*>(params.sin) + row * params.sin_stride;
+  if (params.interleaved) {
+    Vector<Element> x = in(column);
+    CUTE_UNROLL
+    for (int i = 0; i < kVector / 2; ++i) {
+      rotate(x, 2 * i, x, 2 * i + 1, cos[column / 2 + i], sin[column / 2 + i]);
+    }
+    out(column) = x;
+  } else if (column < half) {
+    Vector<Element> x1 = in(column), x2 = in(column + half);
+    CUTE_UNROLL
+    for (int i = 0; i < kVector; ++i) { rotate(x1, i, x2, i, cos[column + i], sin[column + i]); }
+    out(column) = x1, out(column + half) = x2;
+  }
+}
+
+template <class Element>
+__global__ void __launch_bounds__(kThreads)
+    kv_update_kernel(__grid_constant__ KvUpdateParams const params, int64_t items_per_token) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  Problem const& problem = params.problem;
+  int const chunks = problem.head_dim / kVector, blocks = int(items_per_token / kThreads);
+  Token const token = find_token(params, blockIdx.x / blocks);
+  int const item = blockIdx.x % blocks * kThreads + threadIdx.x, column = item % chunks * kVector;
+  int head = item / chunks;  // key heads, value heads, query heads
+  int const cached =
+      clamped(cached_rows(problem, params.cache, token.batch), params.cache.capacity);
+  if (head < 2 * problem.heads_kv) {
+    bool const is_value = head >= problem.heads_kv;
+    if (is_value) { head -= problem.heads_kv; }
+    int page, row;
+    if (!token.is_new_key ||
+        !find_row(params.cache, token.batch, cached + token.index, page, row)) {
+      return;
+    }
+    TensorRef const& source = is_value ? params.v : params.k;
+    TensorRef const& target = is_value ? params.cache.v : params.cache.k;
+    auto const* const from =
+        matrix_of<Element const>(source, token.batch, head) + token.k_row * source.row_stride;
+    auto* const to = static_cast<Element*>(target.data) + page * target.batch_stride +
+                     row * target.row_stride + head * target.head_stride;
+    if (is_value || !params.cos) {
+      *reinterpret_cast<Vector<Element>*>(to + column) =
+          *reinterpret_cast<Vector<Element> const*>(from + column);
+    } else {
+      copy_rotated(params, from, to, column, cached + token.index);
+    }
+  } else if (head < 2 * problem.heads_kv + problem.heads_q && token.is_query && params.cos) {
+    head -= 2 * problem.heads_kv;
+    auto const* const from =
+        matrix_of<Element const>(params.q, token.batch, head) + token.q_row * params.q.row_stride;
+    auto* const to =
+        matrix_of<Element>(params.q_out, token.batch, head) + token.q_row * params.q_out.row_stride;
+    copy_rotated(params, from, to, column, cached + (params.advance_q ? token.index : 0));
+  }
+}
+
+}  // namespace
+
+Status launch_kv_update(KvUpdateParams const& params, cudaStream_t stream) {
+  Problem const& problem = params.problem;
+  int64_t const tokens =
+      problem.cu_seqlens_q
+          ? problem.total_q
+          : int64_t(problem.batch) * max_of(problem.seqlen_q, params.cache.seqlen_new);
+  int64_t const heads = 2 * problem.heads_kv + (params.cos ? problem.heads_q : 0);
+  int64_t const items = (heads * (problem.head_dim / kVector) + kThreads - 1) / kThreads * kThreads;
+  auto const kernel   = problem.dtype == DType::kFp16 ? &kv_update_kernel<cutlass::half_t>
+                                                      : &kv_update_kernel<cutlass::bfloat16_t>;
+  Start const start   = has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
+  cudaError_t const code = launch_tiles(start, kernel, Grid{tokens * (items / kThreads)}, kThreads,
+                                        0, stream, params, items);
+  return {code,
+          code == cudaSuccess ? nullptr : "launch of the kernel that appends to the cache failed"};
+}
+
+}  // namespace flash

@@ -1,0 +1,308 @@
+// Operators flash_attn::decode, decode_append and merge_states on CUDA, and varlen_fwd with a block table.
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <limits>
+
+#include "host/counters.h"
+#include "torch/checks.h"
+#include "torch/convert.h"
+#include "torch/operators.h"
+
+namespace flash {
+namespace {
+
+// New rows for the cache.
+struct Append {
+  at::Tensor const &k, &v;
+  OptionalTensor const &rotary_cos, &rotary_sin;
+  bool interleaved;
+};
+
+int* data_of(OptionalTensor const& tensor) { return tensor ? tensor->data_ptr<int>() : nullptr; }
+
+void check_cache(at::Tensor const& q, at::Tensor const& k_cache, at::Tensor const& v_cache,
+                 CacheArguments const& arguments) {
+  TORCH_CHECK(q.is_cuda(), "q must be on CUDA; got ", q.device());
+  TORCH_CHECK(q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16,
+              "q: FlashAttention only support fp16 and bf16 data type; got ", q.scalar_type());
+  int64_t const dims = arguments.cu_seqlens_q ? 3 : 4, head_dim = q.size(-1);
+  TORCH_CHECK(q.dim() == dims && k_cache.dim() == 4, "q must have ", dims,
+              " dimensions and k_cache 4; got ", q.sizes(), " and ", k_cache.sizes());
+  TORCH_CHECK(head_dim <= 256 && head_dim % 8 == 0 && head_dim > 0,
+              "q: head_dim must be a multiple of 8 from 8 to 256; got ", head_dim);
+  int64_t const heads_q = q.size(-2), heads_kv = k_cache.size(2);
+  TORCH_CHECK(heads_kv > 0 && heads_q % heads_kv == 0,
+              "k_cache: Number of heads in key/value must divide number of heads in query; got ",
+              heads_kv, " and ", heads_q);
+  std::vector<int64_t> const shape{k_cache.size(0), k_cache.size(1), heads_kv, head_dim};
+  check_like(k_cache, "k_cache", q, shape);
+  check_like(v_cache, "v_cache", q, shape);
+  for (auto const& [cache, name] : {std::pair{&k_cache, "k_cache"}, {&v_cache, "v_cache"}}) {
+    TORCH_CHECK(is_aligned(*cache), name,
+                ": must have a contiguous last dimension, and strides and an address that are "
+                "multiples of 16 bytes; got strides ",
+                cache->strides());
+  }
+}
+
+void check_lengths(at::Tensor const& q, at::Tensor const& k_cache, int64_t batch,
+                   CacheArguments const& arguments) {
+  if (arguments.cu_seqlens_q) {
+    check_integers(*arguments.cu_seqlens_q, "cu_seqlens_q", q, batch + 1);
+  }
+  if (arguments.cu_seqlens_k) {
+    check_integers(*arguments.cu_seqlens_k, "cu_seqlens_k", q, batch + 1);
+  }
+  if (arguments.seqlens) { check_integers(*arguments.seqlens, "cache_seqlens", q, batch); }
+  if (arguments.batch_idx) { check_integers(*arguments.batch_idx, "cache_batch_idx", q, batch); }
+  if (arguments.leftpad) { check_integers(*arguments.leftpad, "cache_leftpad", q, batch); }
+  if (!arguments.block_table) {
+    TORCH_CHECK(arguments.batch_idx || k_cache.size(0) >= batch,
+                "k_cache: must have an entry for each of ", batch, " sequences; got ",
+                k_cache.sizes());
+    return;
+  }
+  at::Tensor const& table = *arguments.block_table;
+  check_device(table, "block_table", q);
+  TORCH_CHECK(!arguments.batch_idx, "Paged KVcache does not support cache_batch_idx");
+  TORCH_CHECK(table.scalar_type() == at::kInt && table.dim() == 2 && table.size(0) == batch &&
+                  (table.stride(1) == 1 || table.size(1) <= 1),
+              "block_table: must have dtype int32, shape (batch, max_blocks) with batch = ", batch,
+              " and a contiguous last dimension; got ", table.scalar_type(), ", ", table.sizes());
+  TORCH_CHECK(k_cache.size(1) > 0 && k_cache.size(1) % 16 == 0,
+              "k_cache: Paged KV cache block size must be divisible by 16; got ", k_cache.sizes());
+}
+
+KvCache make_cache(at::Tensor const& k_cache, at::Tensor const& v_cache,
+                   CacheArguments const& arguments) {
+  KvCache cache{};
+  cache.k = ref(k_cache), cache.v = ref(v_cache);
+  cache.entries = data_of(arguments.batch_idx);
+  cache.pages = int(k_cache.size(0)), cache.page_size = int(k_cache.size(1));
+  int64_t capacity = k_cache.size(1);
+  if (arguments.block_table) {
+    cache.block_table        = data_of(arguments.block_table);
+    cache.block_table_stride = arguments.block_table->stride(0);
+    capacity *= arguments.block_table->size(1);
+  }
+  TORCH_CHECK(capacity < kUnlimited, "k_cache: at most 2^30 rows a sequence; got ", capacity);
+  cache.capacity = int(capacity);
+  cache.seqlen   = int(std::min<int64_t>(std::max<int64_t>(arguments.seqlen, 0), capacity));
+  return cache;
+}
+
+Problem cache_problem(at::Tensor const& q, int64_t batch, KvCache const& cache, int64_t heads_kv,
+                      CacheArguments const& arguments, Options const& options) {
+  bool const is_ragged = arguments.cu_seqlens_q.has_value();
+  Problem problem      = make_problem(
+      q, is_ragged,
+      {batch, heads_kv, is_ragged ? arguments.max_seqlen_q : q.size(1), cache.capacity}, options);
+  problem.cu_seqlens_q = data_of(arguments.cu_seqlens_q);
+  problem.cu_seqlens_k = data_of(arguments.cu_seqlens_k);
+  problem.seqused_k    = data_of(arguments.seqlens);
+  problem.leftpad_k    = data_of(arguments.leftpad);
+  problem.total_q      = is_ragged ? int(q.size(0)) : 0;
+  return problem;
+}
+
+// Appends, and returns q, rotated where there are rotary tables.
+at::Tensor append(Append const& rows, at::Tensor const& q, Problem const& problem,
+                  KvCache const& cache, bool advance_q, cudaStream_t stream) {
+  std::vector<int64_t> shape = q.sizes().vec();
+  shape[q.dim() - 2]         = problem.heads_kv;
+  if (q.dim() == 4) { shape[1] = rows.k.size(1); }
+  check_like(rows.k, "k", q, shape);
+  check_like(rows.v, "v", q, shape);
+  at::Tensor const k = aligned(rows.k), v = aligned(rows.v);
+  KvUpdateParams params{};
+  params.problem = problem, params.cache = cache;
+  params.k = ref(k), params.v = ref(v), params.q = ref(q);
+  at::Tensor q_out = q;
+  if (rows.rotary_cos) {
+    TORCH_CHECK(rows.rotary_sin, "rotary_sin: must be given with rotary_cos");
+    at::Tensor const &cos = *rows.rotary_cos, &sin = *rows.rotary_sin;
+    TORCH_CHECK(cos.dim() == 2 && cos.size(0) > 0,
+                "rotary_cos: must have shape (positions, "
+                "rotary_dim / 2); got ",
+                cos.sizes());
+    check_like(cos, "rotary_cos", q, cos.sizes());
+    check_like(sin, "rotary_sin", q, cos.sizes());
+    TORCH_CHECK(cos.stride(1) == 1 && sin.stride(1) == 1,
+                "rotary_cos and rotary_sin must have a contiguous last dimension");
+    int64_t const rotary_dim = 2 * cos.size(1);
+    TORCH_CHECK(rotary_dim <= q.size(-1), "rotary_dim must be <= headdim; got ", rotary_dim);
+    TORCH_CHECK(rotary_dim % 16 == 0, "Only rotary dimensions divisible by 16 are supported; got ",
+                rotary_dim);
+    q_out      = at::empty(q.sizes(), q.options());
+    params.cos = cos.data_ptr(), params.sin = sin.data_ptr();
+    params.cos_stride = cos.stride(0), params.sin_stride = sin.stride(0);
+    params.rotary_dim = int(rotary_dim), params.positions = int(cos.size(0));
+    params.interleaved = rows.interleaved, params.advance_q = advance_q;
+  }
+  params.q_out = ref(q_out);
+  check_status(launch_kv_update(params, stream));
+  return q_out;
+}
+
+// Whether the forward kernels can do it, and have enough to do: a chunk of many queries, keys in one piece, lengths that the host knows.
+bool fits_forward(DecodeParams const& params, CacheArguments const& arguments) {
+  Problem const& problem        = params.problem;
+  constexpr int64_t kRowsOfTile = 128, kManyTiles = 256;
+  bool const is_plain = !arguments.seqlens && !arguments.cu_seqlens_q && !arguments.cu_seqlens_k &&
+                        !arguments.batch_idx && !arguments.leftpad && !arguments.block_table;
+  int64_t const tiles = int64_t(problem.batch) * problem.heads_q * (problem.seqlen_q / kRowsOfTile);
+  return is_plain && tiles >= kManyTiles && params.cache.seqlen + params.cache.seqlen_new > 0;
+}
+
+std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tensor const& k_cache,
+                                                at::Tensor const& v_cache,
+                                                CacheArguments const& arguments,
+                                                Options const& options, int64_t num_splits,
+                                                Append const* rows) {
+  check_cache(q_in, k_cache, v_cache, arguments);
+  int64_t const batch = arguments.cu_seqlens_q ? arguments.cu_seqlens_q->numel() - 1 : q_in.size(0);
+  TORCH_CHECK(batch > 0, "q: batch size must be positive; got ", q_in.sizes());
+  check_lengths(q_in, k_cache, batch, arguments);
+  TORCH_CHECK(num_splits >= 0 && num_splits <= 128,
+              "num_splits > 128 not supported, nor negative ones; got ", num_splits);
+  TORCH_CHECK(options.dropout_p == 0.0, "dropout_p: must be 0 with a cache; got ",
+              options.dropout_p);
+
+  c10::cuda::CUDAGuard const guard(q_in.device());
+  cudaStream_t const stream = c10::cuda::getCurrentCUDAStream();
+  // The kernels' running maximum needs a positive scale: a negative one moves its sign into Q.
+  at::Tensor q = aligned(options.softmax_scale < 0 ? q_in.neg() : q_in);
+  DecodeParams params{};
+  params.cache   = make_cache(k_cache, v_cache, arguments);
+  params.problem = cache_problem(q, batch, params.cache, k_cache.size(2), arguments, options);
+  if (rows) {
+    params.cache.seqlen_new = arguments.cu_seqlens_q ? kAsQueries : int(rows->k.size(1));
+    bool const advances = options.causal || options.window_left >= 0 || options.window_right >= 0;
+    q                   = append(*rows, q, params.problem, params.cache, advances, stream);
+    for (at::Tensor const* cache : {&k_cache, &v_cache}) {
+      if (!cache->is_inference()) { cache->unsafeGetTensorImpl()->bump_version(); }
+    }
+  }
+
+  auto const lse_options = q.options().dtype(at::kFloat);
+  at::Tensor out         = at::empty(q.sizes(), q.options());
+  at::Tensor lse         = q.dim() == 3 ? at::empty({q.size(1), q.size(0)}, lse_options)
+                                        : at::empty({q.size(0), q.size(2), q.size(1)}, lse_options);
+  if (out.numel() == 0) { return {out, lse}; }
+  if (k_cache.numel() == 0 || params.cache.capacity == 0) {  // rows that see no key
+    return {out.zero_(), lse.fill_(std::numeric_limits<float>::infinity())};
+  }
+  if (num_splits == 0 && fits_forward(params, arguments)) {
+    int const rows = std::min(params.cache.seqlen + params.cache.seqlen_new, params.cache.capacity);
+    FwdParams const forward{
+        make_problem(q, false, {batch, k_cache.size(2), q.size(1), rows}, options),
+        ref(q),
+        params.cache.k,
+        params.cache.v,
+        ref(out),
+        lse.data_ptr<float>()};
+    check_status(launch_fwd(forward, stream));
+    return {out, lse};
+  }
+  params.q = ref(q), params.out = ref(out), params.lse = lse.data_ptr<float>();
+  params.plan = plan_decode(params.problem, params.cache, int(num_splits));
+  at::Tensor partial, counters;
+  if (params.plan.counters > 0) {
+    partial = at::empty({params.plan.partial_o + params.plan.partial_rows}, lse_options);
+    params.workspace.partial_o    = partial.data_ptr<float>();
+    params.workspace.partial_rows = params.workspace.partial_o + params.plan.partial_o;
+    if (params.plan.splits > 0) {
+      counters                  = at::zeros({params.plan.counters}, q.options().dtype(at::kInt));
+      params.workspace.counters = counters.data_ptr<int>();
+    } else {
+      params.workspace.counters = zeroed_counters(params.plan.counters, stream);
+      TORCH_CHECK(params.workspace.counters, "out of CUDA memory for counters");
+    }
+  }
+  check_status(launch_decode(params, stream));
+  return {out, lse};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> attend_pages(at::Tensor const& q, at::Tensor const& k,
+                                                at::Tensor const& v,
+                                                CacheArguments const& arguments,
+                                                Options const& options) {
+  return attend_cache(q, k, v, arguments, options, 0, nullptr);
+}
+
+std::tuple<at::Tensor, at::Tensor> decode(
+    at::Tensor const& q, at::Tensor const& k_cache, at::Tensor const& v_cache,
+    OptionalTensor const& cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor const& cache_seqlens,
+    int64_t cache_seqlen, OptionalTensor const& cache_batch_idx,
+    OptionalTensor const& cache_leftpad, OptionalTensor const& block_table, double softmax_scale,
+    bool causal, int64_t window_left, int64_t window_right, double softcap,
+    OptionalTensor const& alibi_slopes, int64_t num_splits) {
+  OptionalTensor const none;
+  return attend_cache(
+      q, k_cache, v_cache,
+      {cu_seqlens_q, none, max_seqlen_q, cache_seqlens, cache_seqlen, cache_batch_idx,
+       cache_leftpad, block_table},
+      {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, 0.0, none},
+      num_splits, nullptr);
+}
+
+std::tuple<at::Tensor, at::Tensor> decode_append(
+    at::Tensor const& q, at::Tensor k_cache, at::Tensor v_cache, at::Tensor const& k,
+    at::Tensor const& v, OptionalTensor const& rotary_cos, OptionalTensor const& rotary_sin,
+    bool rotary_interleaved, OptionalTensor const& cu_seqlens_q, int64_t max_seqlen_q,
+    OptionalTensor const& cache_seqlens, int64_t cache_seqlen,
+    OptionalTensor const& cache_batch_idx, OptionalTensor const& cache_leftpad,
+    OptionalTensor const& block_table, double softmax_scale, bool causal, int64_t window_left,
+    int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, int64_t num_splits) {
+  OptionalTensor const none;
+  Append const rows{k, v, rotary_cos, rotary_sin, rotary_interleaved};
+  return attend_cache(
+      q, k_cache, v_cache,
+      {cu_seqlens_q, none, max_seqlen_q, cache_seqlens, cache_seqlen, cache_batch_idx,
+       cache_leftpad, block_table},
+      {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, 0.0, none},
+      num_splits, &rows);
+}
+
+std::tuple<at::Tensor, at::Tensor> merge_states(at::Tensor const& out_a_in,
+                                                at::Tensor const& lse_a_in,
+                                                at::Tensor const& out_b_in,
+                                                at::Tensor const& lse_b_in) {
+  at::Tensor const out_a = aligned(out_a_in), out_b = aligned(out_b_in);
+  TORCH_CHECK(
+      out_a.is_cuda() && (out_a.dim() == 3 || out_a.dim() == 4),
+      "out_a: must be (batch, seqlen, heads, head_dim) or (total, heads, head_dim) on CUDA; "
+      "got ",
+      out_a.sizes(), " on ", out_a.device());
+  TORCH_CHECK(out_a.scalar_type() == at::kHalf || out_a.scalar_type() == at::kBFloat16,
+              "out_a: FlashAttention only support fp16 and bf16 data type; got ",
+              out_a.scalar_type());
+  TORCH_CHECK(out_a.size(-1) % 8 == 0, "out_a: head_dim must be a multiple of 8; got ",
+              out_a.size(-1));
+  check_like(out_b, "out_b", out_a, out_a.sizes());
+  check_rows(lse_a_in, "lse_a", out_a);
+  check_rows(lse_b_in, "lse_b", out_a);
+  c10::cuda::CUDAGuard const guard(out_a.device());
+  at::Tensor const lse_a = lse_a_in.contiguous(), lse_b = lse_b_in.contiguous();
+  at::Tensor out = at::empty(out_a.sizes(), out_a.options()), lse = at::empty_like(lse_a);
+  bool const is_ragged = out_a.dim() == 3;
+  MergeParams params{};
+  Problem& problem = params.problem;
+  problem.dtype    = out_a.scalar_type() == at::kHalf ? DType::kFp16 : DType::kBf16;
+  problem.batch    = is_ragged ? 1 : int(out_a.size(0));
+  problem.seqlen_q = int(out_a.size(is_ragged ? 0 : 1));
+  problem.heads_q = int(out_a.size(-2)), problem.head_dim = int(out_a.size(-1));
+  problem.lse_head_stride  = problem.seqlen_q;
+  problem.lse_batch_stride = int64_t(problem.heads_q) * problem.seqlen_q;
+  params.out_a = ref(out_a), params.out_b = ref(out_b), params.out = ref(out);
+  params.lse_a = lse_a.data_ptr<float>(), params.lse_b = lse_b.data_ptr<float>();
+  params.lse = lse.data_ptr<float>();
+  check_status(launch_merge_states(params, c10::cuda::getCurrentCUDAStream()));
+  return {out, lse};
+}
+
+}  // namespace flash

@@ -1,0 +1,265 @@
+"""Decoding: attention to a cache of keys and values, and merging of partial results.
+
+The public functions of ``flash_attn_interface`` that are for inference, with their documentation.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_attn import _checks, _checks_decode, _ops
+from flash_attn._arguments import Cache, Options
+from flash_attn._autograd import CUDA_HEAD_DIM_MULTIPLE, maybe_contiguous
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+) -> Any:
+    """Attention to a cache of keys and values, which takes up new ones in place first.
+
+    One call is one step of decoding: k and v are written behind what the cache holds of their
+    sequence, rotated if there are tables, and q attends to all of it.  For inference: the result has
+    no gradient, even where an input requires one.
+
+    Every sequence has rows in the cache: cache_seqlens of them before the call, and the new ones.
+    Its keys are these rows without the first cache_leftpad; seqlen_k is their number.  Masks and
+    ALiBi go by it as in ``flash_attn_func``, aligned to the bottom right: with ``causal=True`` the
+    last query sees all keys.  Rows and pages that are no sequence's may hold anything.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim), from one query to a whole prompt; with cu_seqlens_q
+            (total_q, heads_q, head_dim).  fp16 or bf16 on CUDA; on the CPU fp32 and fp64 besides.
+        k_cache: (batch_cache, seqlen_cache, heads_k, head_dim); or with a block_table paged,
+            (num_blocks, page_size, heads_k, head_dim), page_size a multiple of 16.  Of q's dtype and
+            device.  Never copied, so that the last stride must be 1 and, on CUDA, the others
+            multiples of 8.  If q's head_dim is not a multiple of 8, the cache's is the next one,
+            and what lies beyond head_dim is zeros.
+        v_cache: the same shape as k_cache.
+        k: (batch, seqlen_new, heads_k, head_dim): new keys, written to the rows cache_seqlens[b] to
+            cache_seqlens[b] + seqlen_new, exclusive, of sequence b.  With cu_seqlens_q (total_q,
+            heads_k, head_dim): one for every query.  Default: none.
+        v: the same shape as k.
+        rotary_cos: (seqlen_rotary, rotary_dim / 2), in q's dtype, seqlen_rotary at least the
+            capacity and rotary_dim a multiple of 16, at most head_dim.  New key j is rotated by
+            position cache_seqlens[b] + j; query i by cache_seqlens[b] + i with ``causal`` or a
+            window, by cache_seqlens[b] without.  Needs k and v.
+        rotary_sin: the same shape as rotary_cos.
+        cache_seqlens: how many rows of each sequence are in the cache before the call, left padding
+            included: one integer for all, or (batch,), int32.  Must be given with k and v.
+            Default: the capacity.
+        cache_batch_idx: (batch,), int32: sequence b is in entry cache_batch_idx[b] of the cache.
+            Entries may repeat if nothing is appended.  Default: 0, 1, ...  Not with a block_table.
+        cache_leftpad: (batch,), int32: so many of the first rows of each sequence are no keys.
+        block_table: (batch, max_blocks), int32: the pages of each sequence: its row r is
+            k_cache[block_table[b, r // page_size], r % page_size].  Entries beyond its length are
+            not read.
+        softmax_scale, causal, window_size, softcap: as of ``flash_attn_func``.
+        rotary_interleaved: the pairs that are rotated are dimensions (0, 1), (2, 3), ... rather than
+            (0, rotary_dim / 2), (1, rotary_dim / 2 + 1), ...
+        alibi_slopes: (heads_q,) or (batch, heads_q), fp32.
+        num_splits: into how many parts the keys of a sequence are divided for parallel work, at most
+            128.  0 balances the work of the whole batch over the GPU.  With n >= 1 each sequence is
+            divided into n equal parts by its own length alone, so that its result is bitwise the
+            same in any batch with as many queries (cu_seqlens_q: the same max_seqlen_q).  The CPU
+            has no use for it.
+        return_softmax_lse: return softmax_lse too.
+        cu_seqlens_q: (batch + 1,), int32: the queries of sequence b are the rows cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1], exclusive, of q; there may be none.
+        max_seqlen_q: with cu_seqlens_q, and only then: at least the longest query sequence.
+
+    The capacity of a sequence is seqlen_cache rows, or max_blocks * page_size.  Appending beyond it
+    is an error where that is known without waiting for a device: on the CPU, and for an integer
+    cache_seqlens and q with a batch dimension.  Else, on CUDA, what does not fit is not written and
+    the sequence ends at the capacity.
+
+    Returns:
+        out (batch, seqlen_q, heads_q, head_dim), contiguous, in q's dtype; with
+        ``return_softmax_lse`` the tuple (out, softmax_lse), softmax_lse (batch, heads_q, seqlen_q),
+        fp32 (fp64 for fp64 inputs).  With cu_seqlens_q out is (total_q, heads_q, head_dim) and
+        softmax_lse (heads_q, total_q).  A query that sees no key, and rows of q beyond the last
+        sequence, have out 0 and softmax_lse +inf.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, stride or value, or the CUDA
+            extension is not built.  What cache_seqlens, cache_batch_idx, cache_leftpad, block_table
+            and cu_seqlens_q hold is checked on the CPU; on CUDA, where this waits for the device,
+            only if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.  Unchecked, wrong contents
+            are undefined behaviour, but for appending beyond the capacity.
+    """
+    batch = _checks_decode.check_cache(q, k_cache, v_cache, cu_seqlens_q)
+    seqlens = cache_seqlens if isinstance(cache_seqlens, Tensor) else None
+    indices = cache_batch_idx, cache_leftpad, block_table
+    capacity = _checks_decode.check_cache_indices(q, k_cache, batch, seqlens, *indices)
+
+    is_new = k is not None or v is not None
+    if is_new:
+        has_seqlens, is_varlen = cache_seqlens is not None, cu_seqlens_q is not None
+        _checks_decode.check_new_keys(q, k, v, k_cache.shape[2], has_seqlens, is_varlen)
+    if rotary_cos is not None or rotary_sin is not None:
+        _checks_decode.check_rotary(q, rotary_cos, rotary_sin, capacity, is_new)
+    if cu_seqlens_q is not None:
+        max_seqlen_q = _checks_decode.check_max_seqlen_q(max_seqlen_q)
+    elif max_seqlen_q is None:
+        max_seqlen_q = q.shape[1]
+    else:
+        raise RuntimeError(f"max_seqlen_q goes with cu_seqlens_q; got {max_seqlen_q} alone")
+
+    seqlen = capacity
+    if seqlens is None and cache_seqlens is not None:
+        seqlen = _checks.resolve_integer("cache_seqlens", cache_seqlens)
+    # How many keys are new is not known here with cu_seqlens_q.
+    seqlen_new = k.shape[1] if is_new and cu_seqlens_q is None else 0
+    if seqlens is None or seqlen_new > capacity:
+        at_least = seqlen if seqlens is None else 0
+        _checks_decode.check_capacity(at_least, seqlen_new, capacity, block_table is not None)
+    num_splits = _checks_decode.check_num_splits(num_splits)
+    score = _checks.check_options(
+        q, batch, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes
+    )
+    cache = (cu_seqlens_q, max_seqlen_q, seqlens, seqlen, *indices)
+    if _checks.device_data_is_checked(q):
+        options = Options(*score, alibi_slopes, 0.0, None)
+        contents = q, k_cache, k, rotary_cos, Cache(*cache), options
+        _checks_decode.check_cache_contents(*contents)
+
+    head_dim = q.shape[-1]
+    padding = k_cache.shape[3] - head_dim
+    if padding:
+        q, k, v = (None if x is None else F.pad(x, (0, padding)) for x in (q, k, v))
+    q = maybe_contiguous(q)
+    options = (*cache, *score, alibi_slopes, num_splits)
+    if is_new:
+        rotary = rotary_cos, rotary_sin, rotary_interleaved
+        new = maybe_contiguous(k), maybe_contiguous(v)
+        out, softmax_lse = _call(_ops.decode_append, q, k_cache, v_cache, *new, *rotary, *options)
+    else:
+        out, softmax_lse = _call(_ops.decode, q, k_cache, v_cache, *options)
+    if padding:
+        out = out[..., :head_dim].contiguous()
+    return (out, softmax_lse) if return_softmax_lse else out
+
+
+def _call(op: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """An operator without a gradient."""
+    if torch.is_grad_enabled():
+        for x in arguments:
+            if isinstance(x, Tensor) and x.requires_grad:
+                with torch.no_grad():
+                    return op(*arguments)
+    return op(*arguments)
+
+
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention to the keys of two parts together, from the results of each part alone.
+
+    With w_a = exp(lse_a - lse) and w_b = exp(lse_b - lse), which add up to 1::
+
+        lse = log(exp(lse_a) + exp(lse_b))
+        out = w_a * out_a + w_b * out_b
+
+    More parts are merged one after another, in any order.  The parts may come from any function
+    that returns softmax_lse, and must be of the same queries, scale, softcap and positions.  A part
+    whose lse is +inf or -inf saw no key: it has weight 0, whatever its out holds.  Where neither
+    part saw one, out is 0 and lse +inf.
+
+    All four arguments get gradients, from those of out and lse::
+
+        dout_a = w_a * dout         dlse_a = w_a * (dlse + dout . (out_a - out))
+
+    and the same with b; a part that saw no key gets 0.
+
+    Args:
+        out_a: (batch, seqlen, heads, head_dim), or of varlen sequences (total, heads, head_dim); fp16
+            or bf16, on the CPU fp32 and fp64 besides.
+        lse_a: (batch, heads, seqlen), or (heads, total); fp32 (fp64 for fp64 out_a).
+        out_b: the shape, dtype and device of out_a.
+        lse_b: the shape, dtype and device of lse_a.
+
+    Returns:
+        (out, lse): contiguous, in the shapes and dtypes of out_a and lse_a; computed in fp32 (fp64).
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device, or the CUDA extension is not
+            built.
+    """
+    _checks_decode.check_states(out_a, lse_a, out_b, lse_b)
+    head_dim = out_a.shape[-1]
+    padding = -head_dim % CUDA_HEAD_DIM_MULTIPLE if out_a.is_cuda else 0
+    if padding:
+        out_a, out_b = F.pad(out_a, (0, padding)), F.pad(out_b, (0, padding))
+    states = (
+        *(maybe_contiguous(out_a), lse_a.contiguous()),
+        *(maybe_contiguous(out_b), lse_b.contiguous()),
+    )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+        out, lse = MergeStates.apply(*states)
+    else:
+        out, lse = _ops.merge_states(*states)
+    return (out[..., :head_dim].contiguous() if padding else out), lse
+
+
+class MergeStates(torch.autograd.Function):
+    """Calls ``flash_attn::merge_states``; the backward pass is plain torch operations."""
+
+    @staticmethod
+    def forward(ctx, out_a, lse_a, out_b, lse_b):
+        out, lse = _ops.merge_states(out_a, lse_a, out_b, lse_b)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out_a, lse_a, out_b, lse_b, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        out_a, lse_a, out_b, lse_b, out, lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return None, None, None, None
+        grads_a = _gradients_of_part(out_a, lse_a, out, lse, dout, dlse)
+        return *grads_a, *_gradients_of_part(out_b, lse_b, out, lse, dout, dlse)
+
+
+def _gradients_of_part(
+    out_part: Tensor,
+    lse_part: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of one part's out and lse, given those of the merged ones."""
+    is_empty = lse_part.isinf()
+    weight = (lse_part.masked_fill(is_empty, -math.inf) - lse.masked_fill(is_empty, 0)).exp()
+    if dout is None:
+        return None, (weight * dlse).masked_fill(is_empty, 0)
+    by_row = weight.transpose(-1, -2).unsqueeze(-1)  # (..., seqlen, heads, 1)
+    dout = dout.to(weight.dtype)
+    dlse_part = (dout * (out_part.to(weight.dtype) - out)).sum(-1).transpose(-1, -2)
+    if dlse is not None:
+        dlse_part = dlse_part + dlse
+    dlse_part = (weight * dlse_part).masked_fill(is_empty, 0)
+    return (by_row * dout).to(out_part.dtype), dlse_part
