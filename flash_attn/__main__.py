@@ -12,6 +12,19 @@ from flash_attn import _ops
 
 REBUILD = "in the source directory: pip install -v --no-build-isolation ."
 MINIMUM_CAPABILITY = (8, 0)
+KERNELS = "sm80 (mma.sync, cp.async)"
+SERVES = {
+    "fwd": "attention; with a cache: long prompts in one piece, of equal lengths",
+    "bwd": "gradients",
+    "decode": "flash_attn_with_kvcache; paged keys and values",
+}
+# Small kernels that every build has.
+BESIDE_DECODING = "appending to a cache, rotary embedding on the way, merge_states"
+CPU_FILES = [
+    ("flash_attn/_reference.py", "attention and gradients"),
+    ("flash_attn/_reference_varlen.py", "variable length, paged keys and values"),
+    ("flash_attn/_reference_decode.py", "flash_attn_with_kvcache, merge_states"),
+]
 
 
 def _gpus() -> list[tuple[str, tuple[int, int]]]:
@@ -23,17 +36,20 @@ def _gpus() -> list[tuple[str, tuple[int, int]]]:
 
 
 def _kernels(info: dict) -> list[str]:
-    """The table of CUDA kernels: one row per pass and head dimension."""
-    rows = [("pass", "head_dim up to", "dtypes", "kernels")]
-    dtypes = ", ".join(info["dtypes"])
+    """The table of CUDA kernels: one row per pass."""
+    rows = [("pass", "serves", "head_dim up to", "dtypes", "kernels")]
+    head_dims = ", ".join(map(str, sorted(info["head_dims"])))
     for family in info["families"]:
-        for head_dim in sorted(info["head_dims"]):
-            rows.append((family, str(head_dim), dtypes, "sm80 (mma.sync, cp.async)"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return [
-        "  ".join([cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)])
-        for row in rows
-    ]
+        serves = SERVES.get(family, "")
+        rows.append((family, serves, head_dims, ", ".join(info["dtypes"]), KERNELS))
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of a table as lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)) for row in rows]
+    return [line.rstrip() for line in lines]
 
 
 def _runs_on(archs: list[int], capability: tuple[int, int]) -> bool:
@@ -59,6 +75,10 @@ def missing_pieces(
         if not nvcc:
             missing.append(f"a CUDA {cuda} toolkit (nvcc on PATH, or CUDA_HOME)")
         missing.append(f"the extension flash_attn_2_cuda: {REBUILD}")
+    if info is not None:
+        unbuilt = ", ".join(family for family in SERVES if family not in info["families"])
+        if unbuilt:
+            missing.append(f"kernels for {unbuilt} in flash_attn_2_cuda: {REBUILD}")
     for name, capability in gpus:
         target = 10 * capability[0] + capability[1]
         if capability < MINIMUM_CAPABILITY:
@@ -93,13 +113,15 @@ def report() -> str:
             f"CUTLASS {info['cutlass_version']}"
         )
 
-    cpu = "flash_attn/_reference.py, head_dim up to 256; fp64, fp32, bf16, fp16"
-    lines += ["", "What serves what", f"  CPU tensors: {cpu}"]
+    lines += ["", "What serves what", "  CPU tensors, head_dim up to 256; fp64, fp32, bf16, fp16:"]
+    lines += [f"    {row}" for row in _aligned(CPU_FILES)]
     if info is None:
         lines.append("  CUDA tensors: nothing in this installation")
     else:
         lines.append("  CUDA tensors, each head_dim in the next kernel that holds it:")
-        lines += [f"    {row}".rstrip() for row in _kernels(info)]
+        lines += [f"    {row}" for row in _kernels(info)]
+        if "decode" in info["families"]:
+            lines.append(f"  {BESIDE_DECODING}: csrc/kernels/common, every head_dim")
     missing = missing_pieces(info, torch.version.cuda, gpus, _has_nvcc())
     if missing:
         lines += ["", "Missing", *(f"  {piece}" for piece in missing)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,7 @@ from third_party.fetch_cutlass import CutlassError
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
+FAMILIES = ("fwd", "bwd", "decode")
 
 
 # --- Environment variables -------------------------------------------------------------------------
@@ -384,7 +386,7 @@ def test_every_unit_is_generated_and_registered(tmp_path: Path) -> None:
 def test_units_of_a_partial_build(tmp_path: Path) -> None:
     names = {p.stem for p in generate(tmp_path, (90,), (64, 128), ("bf16",))}
     assert names == {
-        f"{family}_sm80_hd{head_dim}_bf16" for family in ("fwd", "bwd") for head_dim in (64, 128)
+        f"{family}_sm80_hd{head_dim}_bf16" for family in FAMILIES for head_dim in (64, 128)
     } | {"registry"}
     assert "half_t" not in (tmp_path / "fwd_sm80_hd64_bf16.cu").read_text()
     assert "fp16" not in (tmp_path / "registry.cpp").read_text().replace("kFp16", "")
@@ -656,7 +658,39 @@ def test_report_names_versions() -> None:
     assert "CPU tensors" in report
 
 
-INFO = {"archs": [80], "head_dims": [64], "dtypes": ["bf16"], "families": ["fwd"]}
+INFO = {
+    "archs": [80],
+    "head_dims": [128, 64],
+    "dtypes": ["bf16"],
+    "families": list(FAMILIES),
+    "cuda_version": "13.0",
+    "cutlass_version": "4.2.1",
+}
+
+
+def test_report_says_which_path_serves_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = SimpleNamespace(build_info=lambda: INFO)
+    monkeypatch.setattr(flash_main._ops, "extension", extension)
+    lines = flash_main.report().splitlines()
+    rows = {line.split()[0]: line for line in lines if line.strip()}
+    for family in INFO["families"]:
+        assert all(cell in rows[family] for cell in ("64, 128", "bf16", "sm80")), rows[family]
+    assert "flash_attn_with_kvcache" in rows["decode"] and "paged" in rows["decode"]
+    assert any("merge_states" in line and "common" in line for line in lines)
+
+
+def test_report_names_files_that_exist() -> None:
+    text = "\n".join([flash_main.report(), *map(str, flash_main.CPU_FILES)])
+    assert "flash_attn/_reference_decode.py" in text
+    for path in set(re.findall(r"flash_attn/\w+\.py", text)):
+        assert (ROOT / path).is_file(), path
+
+
+def test_report_knows_every_family() -> None:
+    built = {family for families in kernel_list.FAMILIES.values() for family in families}
+    assert built == set(FAMILIES) == set(flash_main.SERVES)
+
+
 H200 = ("H200", (9, 0))
 
 
@@ -671,6 +705,7 @@ H200 = ("H200", (9, 0))
         (INFO, "13.0", [("A100", (8, 0))], True, []),
         (INFO, "13.0", [("L4", (8, 9))], True, []),
         (INFO | {"archs": [90]}, "13.0", [H200], True, []),
+        (INFO | {"families": ["fwd", "bwd"]}, "13.0", [("A100", (8, 0))], True, ["for decode"]),
     ],
 )
 def test_report_names_what_is_missing(

@@ -14,7 +14,7 @@ from third_party.fetch_cutlass import find_cutlass
 ROOT = Path(__file__).resolve().parents[1]
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cuh", ".cu"})
 CPP_TESTS = sorted(p for p in (ROOT / "tests").rglob("*") if p.suffix in {".h", ".cpp"})
-PYTHON_FOLDERS = ("flash_attn", "csrc", "third_party", "tests", "benchmarks")
+PYTHON_FOLDERS = ("flash_attn", "csrc", "third_party", "tests", "benchmarks", "examples")
 PYTHON = [ROOT / "setup.py"]
 PYTHON += [
     p

@@ -177,6 +177,12 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
   DecodeParams params{};
   params.cache   = make_cache(k_cache, v_cache, arguments);
   params.problem = cache_problem(q, batch, params.cache, k_cache.size(2), arguments, options);
+  int64_t const tile_rows =
+      int64_t(params.problem.seqlen_q) * (params.problem.heads_q / params.problem.heads_kv);
+  TORCH_CHECK(tile_rows < kUnlimited,
+              "max_seqlen_q: times the query heads of a key head it must be below 2^30; got ",
+              params.problem.seqlen_q, " and ", params.problem.heads_q, " / ",
+              params.problem.heads_kv);
   if (rows) {
     params.cache.seqlen_new = arguments.cu_seqlens_q ? kAsQueries : int(rows->k.size(1));
     bool const advances = options.causal || options.window_left >= 0 || options.window_right >= 0;

@@ -119,7 +119,7 @@ struct DecodeEpilogue {
   // Merges the parts of every row, to out (slot < 0) or to a slot, which may be one of theirs.
   CUTE_DEVICE void merge(PartSource const& source, int64_t slot) const {
     // Parts on their way together.
-    constexpr int kAtOnce = !Traits::kNarrow ? 4 : kHeadDim <= 128 ? 16 : 8;
+    constexpr int kAtOnce = Traits::kNarrow && kHeadDim <= 128 ? 16 : 4;
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float4 x[kAtOnce];
     auto const load = [&](int first, int row, int chunk) {

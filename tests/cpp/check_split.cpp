@@ -1,0 +1,296 @@
+// Check of pieces/split.cuh: shares of a line of key tiles, the parts into which they cut query tiles, the slots of partial results, and
+// the levels on which these are merged.
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "pieces/split.cuh"
+
+using namespace flash;
+using check::expect;
+
+std::mt19937 numbers(1);
+int below(int limit) { return int(numbers() % unsigned(limit)); }
+
+long cut_tiles = 0, most_parts = 0;
+
+void check_shares(int total, int workers) {
+  Shares const shares = Shares::of(total, workers);
+#define CASE "%d tiles, %d workers"
+#define ARGS total, workers
+  expect(shares.workers == min_of(workers, total), CASE ": %d have a share", ARGS, shares.workers);
+  int next = 0;
+  for (int w = 0; w < shares.workers; ++w) {
+    int const begin = shares.begin(w), end = shares.end(w), length = total / shares.workers;
+    expect(begin == next, CASE ": share %d begins at %d, not %d", ARGS, w, begin, next);
+    expect(end > begin && end - begin >= length && end - begin <= length + 1,
+           CASE ": share %d has %d tiles", ARGS, w, end - begin);
+    for (int tile = begin; tile < end; ++tile)
+      expect(shares.owner(tile) == w, CASE ": tile %d is of %d, not %d", ARGS, tile,
+             shares.owner(tile), w);
+    next = end;
+  }
+  expect(next == total, CASE ": shares end at %d", ARGS, next);
+#undef CASE
+#undef ARGS
+}
+
+// Lines so long that products of their sizes come near the largest int.
+void check_long_shares(int total, int workers) {
+  Shares const shares  = Shares::of(total, workers);
+  int64_t const length = total / workers, longer = total % workers;
+  for (int w : {0, 1, workers / 3, workers / 2, workers - 2, workers - 1}) {
+    if (w < 0 || w >= workers) continue;
+    int64_t const begin = w * length + std::min<int64_t>(w, longer);
+    int64_t const end   = begin + length + (w < longer);
+    expect(shares.begin(w) == begin && shares.end(w) == end, "%d tiles: share %d is [%d, %d)",
+           total, w, shares.begin(w), shares.end(w));
+    for (int64_t tile : {begin, (begin + end) / 2, end - 1})
+      expect(shares.owner(int(tile)) == w, "%d tiles, %d workers: tile %lld is of %d, not %d",
+             total, workers, (long long)tile, shares.owner(int(tile)), w);
+    Parts const parts = parts_in_line(shares, w, 0, total, 1, 0);
+    expect(parts.count == workers && parts.index == w, "%d tiles: part %d of %d, not %d of %d",
+           total, parts.index, parts.count, w, workers);
+  }
+}
+
+// What a slot holds: parts [begin, end) of a query tile of a head.
+struct Held {
+  int tile = -1, begin = 0, end = 0;
+};
+
+// DecodeEpilogue::finish with the parts' numbers in place of their results; the order of the calls is that of the arrivals.
+class Merges {
+ public:
+  explicit Merges(int64_t slots)
+      : slots_(slots),
+        held_(slots),
+        users_(kMergeLevels * slots),
+        counters_(kMergeLevels * slots) {}
+
+  // Whether this part wrote the query tile's result.
+  bool finish(int tile, Parts const& parts) {
+    Held mine{tile, parts.index, parts.index + 1};
+    int index = parts.index, count = parts.count, spacing = 1;
+    for (int level = 0; count > 1; ++level) {
+      expect(level < kMergeLevels, "%d parts need more than %d levels", parts.count, kMergeLevels);
+      if (level >= kMergeLevels) return false;
+      at(parts.slot(index * spacing)) = mine;
+      int const first                 = index / kMergedParts * kMergedParts;
+      int const met                   = min_of(kMergedParts, count - first);
+      if (!is_last(level, parts.slot(first * spacing), {tile, first, first + met})) return false;
+      mine = merged(parts, first * spacing, spacing, met);
+      index /= kMergedParts, count = ceil_div(count, kMergedParts), spacing *= kMergedParts;
+    }
+    expect(mine.tile == tile && mine.begin == 0 && mine.end == parts.count,
+           "out of tile %d has parts [%d, %d) of tile %d, not all %d", tile, mine.begin, mine.end,
+           mine.tile, parts.count);
+    return true;
+  }
+
+  void check_counters() const {
+    for (int counter : counters_) expect(counter == 0, "a counter is left at %d", counter);
+  }
+
+ private:
+  Held& at(int64_t slot) {
+    bool const inside = 0 <= slot && slot < slots_;
+    expect(inside, "slot %lld of %lld", (long long)slot, (long long)slots_);
+    return held_[inside ? slot : 0];
+  }
+
+  // met: what meets at the counter, parts by their index on this level.
+  bool is_last(int level, int64_t slot, Held const& met) {
+    Held& user = users_[level * slots_ + slot];
+    expect(user.tile < 0 || (user.tile == met.tile && user.begin == met.begin),
+           "level %d: tiles %d and %d meet at the counter of slot %lld", level, user.tile, met.tile,
+           (long long)slot);
+    user         = met;
+    int& counter = counters_[level * slots_ + slot];
+    if (++counter < met.end - met.begin) return false;
+    counter = 0;
+    return true;
+  }
+
+  // Parts first, first + spacing, ... as PartSource finds them: the first lies apart.
+  Held merged(Parts const& parts, int first, int spacing, int count) {
+    Held all = at(parts.slot(first));
+    for (int i = 1; i < count; ++i) {
+      Held const& next = at(parts.base + int64_t(first) * parts.step + i * (spacing * parts.step));
+      expect(next.tile == all.tile && next.begin == all.end,
+             "parts [%d, %d) of tile %d come after [%d, %d) of tile %d", next.begin, next.end,
+             next.tile, all.begin, all.end, all.tile);
+      all.end = next.end;
+    }
+    return all;
+  }
+
+  int64_t slots_;
+  std::vector<Held> held_, users_;
+  std::vector<int> counters_;
+};
+
+// A worker's part of a query tile.  tile: of all heads.
+struct Work {
+  int tile;
+  Parts parts;
+};
+
+void check_merges(std::vector<Work> works, int tiles, int64_t slots, int order) {
+  if (order == 1) std::reverse(works.begin(), works.end());
+  if (order == 2) std::shuffle(works.begin(), works.end(), numbers);
+  Merges merges(slots);
+  std::vector<int> written(tiles);
+  for (Work const& work : works) written[work.tile] += merges.finish(work.tile, work.parts);
+  for (int tile = 0; tile < tiles; ++tile)
+    expect(written[tile] == 1, "tile %d of %d is written %d times", tile, tiles, written[tile]);
+  merges.check_counters();
+}
+
+bool same(Parts const& a, Parts const& b) {
+  return a.count == b.count && a.first_slot == b.first_slot && a.base == b.base && a.step == b.step;
+}
+
+// Every part of every cut tile comes once, its fellows agree about it, and its slot is nobody else's.
+void check_parts(std::vector<Work> const& works, int tiles, int64_t slots) {
+  std::vector<std::vector<Parts>> of(tiles);
+  for (Work const& work : works) of[work.tile].push_back(work.parts);
+  std::vector<char> taken(slots);
+  for (int tile = 0; tile < tiles; ++tile) {
+    int const count = int(of[tile].size());
+    cut_tiles += count > 1, most_parts = std::max<long>(most_parts, count);
+    for (int i = 0; i < count; ++i) {
+      Parts const& parts = of[tile][i];
+      expect(parts.count == count && parts.index == i && same(parts, of[tile][0]),
+             "tile %d: part %d of %d comes as part %d of %d", tile, parts.index, parts.count, i,
+             count);
+      if (count == 1) continue;
+      int64_t const slot = parts.slot(i);
+      bool const inside  = 0 <= slot && slot < slots;
+      expect(inside && !taken[slot], "tile %d: part %d has slot %lld of %lld", tile, i,
+             (long long)slot, (long long)slots);
+      if (inside) taken[slot] = 1;
+    }
+  }
+}
+
+// Every worker walks its share as DecodeSchedule does, for each head.
+void check_line(std::vector<int> const& lengths, int workers, int heads, int order) {
+  int const items = int(lengths.size());
+  int total       = 0;
+  for (int length : lengths) total += length;
+  Shares const shares = Shares::of(total, workers);
+  int64_t const slots = 2 * int64_t(workers) * heads;
+  std::vector<Work> works;
+  std::vector<int> visits(total);
+  for (int head = 0; head < heads; ++head)
+    for (int worker = 0; worker < shares.workers; ++worker) {
+      int position = shares.begin(worker), partial = 0;
+      for (int item = 0, begin = 0; item < items; begin += lengths[item++]) {
+        int const end = begin + lengths[item];
+        if (position >= end || position >= shares.end(worker)) continue;
+        int const stop    = min_of(end, shares.end(worker));
+        Parts const parts = parts_in_line(shares, worker, begin, lengths[item], heads, head);
+        expect((parts.count == 1) == (position == begin && stop == end),
+               "worker %d has [%d, %d) of [%d, %d) in %d parts", worker, position, stop, begin, end,
+               parts.count);
+        works.push_back({head * items + item, parts});
+        partial += parts.count > 1;
+        for (; position < stop; ++position) ++visits[position];
+      }
+      expect(position == shares.end(worker), "worker %d stops at %d", worker, position);
+      expect(partial <= 2, "worker %d has %d partial results of a head", worker, partial);
+    }
+  for (int tile = 0; tile < total; ++tile)
+    expect(visits[tile] == heads, "%d items, %d workers: key tile %d is visited %d times, not %d",
+           items, workers, tile, visits[tile], heads);
+  for (int head = 0; head < heads; ++head)  // those that no worker meets
+    for (int item = 0; item < items; ++item)
+      if (lengths[item] == 0) works.push_back({head * items + item, {1, 0, 0, 0, 0}});
+  check_parts(works, heads * items, slots);
+  check_merges(works, heads * items, slots, order);
+}
+
+// All lines of `items` query tiles with up to `most` key tiles.  None: a sequence without queries.
+void check_all_lines(int items, int most) {
+  std::vector<int> lengths(items, 0);
+  while (true) {
+    int total = 0;
+    for (int length : lengths) total += length;
+    for (int workers = 1; workers <= total + 1; ++workers)
+      for (int heads : {1, 3}) check_line(lengths, workers, heads, (workers + heads) % 3);
+    int i = 0;
+    while (i < items && lengths[i] == most) lengths[i++] = 0;
+    if (i == items) return;
+    ++lengths[i];
+  }
+}
+
+void check_random_lines(int rounds, int most_items, int most_tiles, int most_workers) {
+  for (int i = 0; i < rounds; ++i) {
+    std::vector<int> lengths(1 + below(most_items));
+    for (int& length : lengths) length = below(8) ? 1 + below(most_tiles) : below(2);
+    check_line(lengths, 1 + below(most_workers), 1 + below(4), i % 3);
+  }
+}
+
+// One query tile in `count` parts, between two others on a line.
+void check_count(int count) {
+  int const length = 1 + count % 3;
+  check_line({1 + count % 2, count * length, 1}, count, 1, count % 3);
+  if (count > kMergedParts * kMergedParts && count % 16 > 1) return;
+  check_line({count * length}, count, 2, (count + 1) % 3);
+}
+
+// Query tiles in up to `splits` parts each.
+void check_splits(int items, int splits, int order) {
+  std::vector<Work> works;
+  for (int item = 0; item < items; ++item) {
+    int const count = item == 0 ? splits : 1 + below(splits);
+    for (int i = 0; i < count; ++i) works.push_back({item, parts_of_item(item, splits, count, i)});
+  }
+  check_parts(works, items, int64_t(items) * splits);
+  check_merges(works, items, int64_t(items) * splits, order);
+}
+
+int main() {
+  for (int total = 0; total <= 100; ++total)
+    for (int workers = 1; workers <= 110; ++workers) check_shares(total, workers);
+  for (int total : {1000, 4095, 4096, 4097, 12345})
+    for (int workers : {1, 2, 16, 66, 132, 528, kMostParts}) check_shares(total, workers);
+  for (int total : {INT32_MAX, INT32_MAX - 1, 1 << 30, (1 << 30) + 1})
+    for (int workers : {1, 2, 3, 132, 1000, kMostParts - 1, kMostParts})
+      check_long_shares(total, workers);
+
+  check_all_lines(1, 40);
+  check_all_lines(2, 12);
+  check_all_lines(4, 4);
+  check_all_lines(6, 2);
+  check_random_lines(300, 40, 300, 528);
+  check_random_lines(100, 300, 6, 200);
+  check_random_lines(50, 4, 3000, kMostParts);
+  for (int count = 1; count <= kMostParts; ++count) check_count(count);
+
+  for (int items = 1; items <= 12; ++items)
+    for (int splits = 1; splits <= 128; ++splits) check_splits(items, splits, splits % 3);
+  for (int splits : {255, 256, 257, 1000, kMostParts - 1, kMostParts}) check_splits(3, splits, 2);
+  Parts const far = parts_of_item(int64_t(1) << 31, 128, 100, 7);
+  expect(far.slot(7) == (int64_t(128) << 31) + 7, "slots beyond 2^32");
+
+  for (int tiles = 0; tiles <= 1500; ++tiles)
+    for (int workers = 1; workers <= 300; ++workers) {
+      int const some = workers_for_one(tiles, workers);
+      expect(some == workers || (some == kMergedParts && some < workers),
+             "%d tiles: %d of %d workers", tiles, some, workers);
+    }
+  expect(workers_for_one(INT32_MAX - kMostParts, kMostParts) == kMostParts,
+         "a long line needs all");
+  expect(workers_for_one(kMergedParts, kMostParts) == kMergedParts, "a short line is merged once");
+
+  std::printf("%ld query tiles cut, into up to %ld parts\n", cut_tiles, most_parts);
+  expect(most_parts == kMostParts, "no tile in %d parts", kMostParts);
+  return check::finish();
+}
