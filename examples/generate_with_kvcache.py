@@ -231,6 +231,8 @@ def generate_paged(
         return f"not in this version of transformers ({error})"
     if not is_flash_attn_2_available():
         return "transformers takes flash_attn from an installed package and on a GPU only"
+    if model.device.type != "cuda":
+        return f"transformers runs it on a GPU only; the model is on {model.device}"
     calls = 0
     ours = flash_attn.flash_attn_with_kvcache
 

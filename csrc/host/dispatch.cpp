@@ -95,8 +95,10 @@ DecodePlan plan_decode(Problem const& problem, KvCache const& cache, int num_spl
   bool const narrow = rows <= kNarrowRows;
   DecodeTile const tile =
       decode_tile(built_head_dim(problem.head_dim), narrow, kSmallTiles && has_small_smem());
-  int64_t const items = int64_t(problem.batch) * problem.heads_kv * ceil_div(rows, tile.block_m());
-  int const blocks    = sm_count() * tile.ctas;  // that run at once
+  // At least one query tile: its thread block clears rows of q that belong to no sequence.
+  int64_t const items =
+      int64_t(problem.batch) * problem.heads_kv * ceil_div(max_of(rows, 1), tile.block_m());
+  int const blocks = sm_count() * tile.ctas;  // that run at once
   // Many query tiles keep every multiprocessor busy as they are, and those of a head that run together share its keys in L2.
   constexpr int kManyItems = 4;
   int splits               = num_splits;

@@ -98,8 +98,9 @@ __device__ void copy_rotated(KvUpdateParams const& params, Element const* from, 
 template <class Element>
 __global__ void __launch_bounds__(kThreads)
     kv_update_kernel(__grid_constant__ KvUpdateParams const params, int64_t items_per_token) {
-  let_next_kernel_start();
+  // In this order: the attention kernel reads older rows of the cache without waiting for the end of this kernel.
   wait_for_previous_kernel();
+  let_next_kernel_start();
   Problem const& problem = params.problem;
   int const chunks = problem.head_dim / kVector, blocks = int(items_per_token / kThreads);
   Token const token = find_token(params, blockIdx.x / blocks);

@@ -258,7 +258,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 
   let_next_kernel_start();
   touch(params);
-  wait_for_previous_kernel();
+  // Right after kv_update only what it writes must wait: it lets this kernel start when the kernels before it have ended.
+  if (params.cache.seqlen_new == 0) { wait_for_previous_kernel(); }
   clear_tail<Traits>(params);
   int const group  = threadIdx.x / Traits::kGroupThreads;
   int const thread = threadIdx.x % Traits::kGroupThreads;

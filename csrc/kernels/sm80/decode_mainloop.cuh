@@ -2,6 +2,7 @@
 // The decoding algorithm for one query tile and a run of its key tiles: O, and the state of each row's softmax.
 // Used by decode_kernel.  Knows nothing of splits.  Narrow tiles: every warp is a group that goes through key tiles of its own
 // without waiting for the others; wide tiles: the thread block is one group.
+#include "pieces/dependent.cuh"
 #include "pieces/features.cuh"
 #include "pieces/fragment.cuh"
 #include "pieces/score_mod.cuh"
@@ -49,8 +50,13 @@ struct DecodeMainloop {
       copy.template start<TileKV>(smem_k, smem_k + TileKV::kSize, head_dim, thread);
     };
 
+    // New rows, and rotated queries, are there when kv_update has ended.
     int const count = task.tile_end - task.tile_begin;
+    if ((task.tile_begin + 1) * Traits::kBlockN > first_new_row(params, task.sequence)) {
+      wait_for_previous_kernel();
+    }
     load(0);
+    wait_for_previous_kernel();
     load_q(params, task, smem);
     cp_async_commit();
     CUTE_UNROLL
@@ -116,6 +122,12 @@ struct DecodeMainloop {
       static_assert(Traits::kGroups == 1, "one barrier for the thread block");
       __syncthreads();
     }
+  }
+
+  // Row of the cache from which on kv_update may have written.
+  CUTE_DEVICE static int first_new_row(DecodeParams const& params, CacheSequence const& sequence) {
+    int const added = params.cache.seqlen_new;
+    return sequence.pad + sequence.seqlen_k - (added == kAsQueries ? sequence.seqlen_q : added);
   }
 
   // Rows of the tile that are not rows of the sequence become zeros.
