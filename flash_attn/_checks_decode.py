@@ -284,13 +284,13 @@ def check_num_splits(num_splits: int) -> int:
 
 
 def check_max_seqlen_q(max_seqlen_q: int | Tensor | None) -> int:
-    """Of queries with cu_seqlens_q."""
+    """Of queries with cu_seqlens_q; at least 1: it is an upper bound, and kernels divide by it."""
     if max_seqlen_q is None:
         raise RuntimeError("cu_seqlens_q needs max_seqlen_q, the longest query sequence; got None")
     max_seqlen_q = resolve_integer("max_seqlen_q", max_seqlen_q)
     if max_seqlen_q < 0:
         raise RuntimeError(f"max_seqlen_q must not be negative; got {max_seqlen_q}")
-    return max_seqlen_q
+    return max_seqlen_q or 1
 
 
 def check_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
