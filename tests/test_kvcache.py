@@ -118,6 +118,7 @@ def ragged_queries() -> Iterator[DecodeCase]:
         yield base.but(append=1, rotary="halves", window=(40, 9), mask=FULL, num_splits=3)
         yield base.but(window=(70, 0), softcap=5.0, alibi=Alibi.per_batch, leftpad=(0, 9, 64, 1, 2))
     yield some.but(seqlen_q=(0, 0, 0, 0, 0)), some.but(seqlen_q=(0,) * 5, append=1, unused=3)
+    yield some.but(seqlen_q=(0,) * 5, unused=3, num_splits=2)
     yield some.but(entries="permuted", append=1), some.but(entries="repeated", head_dim=256)
     yield some.but(lengths=(0, 0), seqlen_q=(20, 3)), some.but(head_dim=72, append=1)
 
