@@ -10,7 +10,6 @@ does not change the exit code, a wrong result does.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -51,7 +50,7 @@ from decode_tables import (
     row_line,
     summary,
 )
-from report import OURS
+from report import OURS, finish
 from torch import Tensor
 
 BUDGET_SECONDS = 60  # beyond it, points of the curve and appends are left out
@@ -323,16 +322,13 @@ def main(argv: list[str] | None = None) -> int:
         result["copy_bytes_per_second_after"] = copy_rate(pool, args.repeats)
     facts["clocks"] = clocks.summary()
     print(summary(result))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    code = finish(result, args.json)
     if args.plot:
         from plot import plot_decode
 
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot_decode(result, args.plot)
-    for line in result["wrong"]:
-        print("WRONG, not timed:", line, file=sys.stderr)
-    return 1 if result["wrong"] else 0
+    return code
 
 
 if __name__ == "__main__":

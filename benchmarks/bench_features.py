@@ -8,7 +8,6 @@ table and writes JSON. A missed target is reported; it does not change the exit 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from bench import ClockLog, command_line, device_times, environment
 from bench_fwd_bwd import Attend, make_inputs, timed_calls
-from report import mask_name
+from report import mask_name, write_json
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -219,8 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{sum(row['met'] for row in rows)} of {len(rows)} targets met; {facts['clocks']}")
     command = command_line("bench_features.py", argv)
     result = {"environment": facts, "command": command, "dtype": "bf16", "rows": rows}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, args.json)
     return 0
 
 

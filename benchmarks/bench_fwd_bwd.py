@@ -8,7 +8,6 @@ line per shape and a summary, and writes JSON; --plot draws it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from report import (
     Cell,
     attention_flops,
     cell_line,
+    finish,
     mask_name,
     summary,
 )
@@ -291,16 +291,13 @@ def main(argv: list[str] | None = None) -> int:
             result["host_us"] = host_times(providers, DTYPES[args.dtype])
     facts["clocks"] = clocks.summary()
     print(f"\nclocks {facts['clocks']}\n{summary(result)}")
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    code = finish(result, args.json)
     if args.plot:
         from plot import plot_speed
 
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot_speed(result, args.plot)
-    for line in result["wrong"]:
-        print("WRONG, not timed:", line, file=sys.stderr)
-    return 1 if result["wrong"] else 0
+    return code
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ bytes, implementations in turn, and the peak memory of a step. Prints a table an
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -18,6 +17,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages te
 import torch
 from bench import command_line, environment
 from gpt import ATTENTION_NAMES, PRESETS, Preset
+from report import write_json
 from training import DTYPES, Precision
 from training_speed import StepSpeed, compare_attention, speed_table
 
@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": args.dtype,
         "speeds": [asdict(speed) for speed in speeds],
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, args.json)
     return 0
 
 

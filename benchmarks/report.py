@@ -7,8 +7,11 @@ providers maps a name to {"median_ms", "min_ms", "repeats", "tflops"}.
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 OURS = "flash_attn"
@@ -22,6 +25,21 @@ LABELS = {
 DIRECTIONS = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward + backward"}
 # A forward has two matrix products, a backward five.
 FORWARDS_OF_WORK = {"fwd": 1.0, "bwd": 2.5, "fwd_bwd": 3.5}
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """A benchmark's result to its file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def finish(result: dict[str, Any], path: Path) -> int:
+    """Write the result and name what was wrong in it; returns the exit code."""
+    write_json(result, path)
+    for line in result["wrong"]:
+        print("WRONG, not timed:", line, file=sys.stderr)
+    return 1 if result["wrong"] else 0
+
 
 Cell = dict[str, Any]
 Result = dict[str, Any]

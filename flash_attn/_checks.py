@@ -58,6 +58,13 @@ def check_heads(q_shape: torch.Size, k_shape: torch.Size) -> None:
         raise RuntimeError(
             f"k: head_dim must equal q's; got k = {shape_text(k_shape)}, q = {shape_text(q_shape)}"
         )
+    check_head_sizes(q_shape, heads_q, heads_k, head_dim, "k")
+
+
+def check_head_sizes(
+    q_shape: torch.Size, heads_q: int, heads_k: int, head_dim: int, name_k: str
+) -> None:
+    """A head_dim that has a kernel, and heads of q (q_shape) that share those of the keys, name_k."""
     if head_dim == 0 or head_dim > MAX_HEAD_DIM:
         raise RuntimeError(
             f"q: FlashAttention only supports head dimension at most {MAX_HEAD_DIM}, and at"
@@ -65,8 +72,8 @@ def check_heads(q_shape: torch.Size, k_shape: torch.Size) -> None:
         )
     if heads_k == 0 or heads_q == 0 or heads_q % heads_k != 0:
         raise RuntimeError(
-            "k: Number of heads in key/value must divide number of heads in query, and be positive;"
-            f" got heads_k = {heads_k}, heads_q = {heads_q}"
+            f"{name_k}: Number of heads in key/value must divide number of heads in query, and be"
+            f" positive; got heads_k = {heads_k}, heads_q = {heads_q}"
         )
 
 

@@ -19,6 +19,7 @@ from flash_attn._checks import (
     check_block_table,
     check_cu_seqlens,
     check_dtype_and_device,
+    check_head_sizes,
     check_integers,
     check_maximum,
     check_pages,
@@ -57,16 +58,7 @@ def check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens_q: Tenso
     heads_q, head_dim, heads_k = q_shape[-2], q_shape[-1], k_shape[2]
     if k_shape[3] != head_dim or head_dim % CACHE_VECTOR != 0:
         _check_cache_head_dim(q_shape, k_shape)
-    if head_dim == 0 or head_dim > MAX_HEAD_DIM:
-        raise RuntimeError(
-            f"q: FlashAttention only supports head dimension at most {MAX_HEAD_DIM}, and at"
-            f" least 1; got head_dim = {head_dim} in q = {shape_text(q_shape)}"
-        )
-    if heads_k == 0 or heads_q == 0 or heads_q % heads_k != 0:
-        raise RuntimeError(
-            "k_cache: Number of heads in key/value must divide number of heads in query, and be"
-            f" positive; got heads_k = {heads_k}, heads_q = {heads_q}"
-        )
+    check_head_sizes(q_shape, heads_q, heads_k, head_dim, "k_cache")
     check_dtype_and_device(q, k_cache, v_cache, "_cache")
     _check_cache_strides("k_cache", k_cache)
     _check_cache_strides("v_cache", v_cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from cases import UNLIMITED, Alibi, AttnCase, Case, Inputs, VarlenCase, VarlenInputs, make_alibi
@@ -19,6 +19,8 @@ from philox import keep_mask
 from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+T = TypeVar("T")
 
 LARGE_POISON_BYTES = 64 << 20  # one block of the caching allocator's large pool
 SMALL_POISON_BYTES = 512 << 10  # blocks up to 1 MiB come from the small pool
@@ -38,6 +40,19 @@ def poison(device: str | torch.device, large_bytes: int = LARGE_POISON_BYTES) ->
 def leaves(*tensors: Tensor) -> list[Tensor]:
     """The same tensors (same strides and storage) as leaves that want gradients."""
     return [x.detach().requires_grad_() for x in tensors]
+
+
+def capture(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of `step`, which has run once before on a stream of its own, and its results."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    return graph, recorded
 
 
 def peek_rng_state(like: Tensor, sequences: int, heads: int) -> Tensor:

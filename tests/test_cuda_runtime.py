@@ -28,6 +28,7 @@ from harness import (
     assert_bitwise,
     assert_nearly,
     assert_same_result,
+    capture,
     check_case,
     features_of,
     leaves,
@@ -183,14 +184,7 @@ def test_cuda_graph_of_forward_and_backward(
         out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
         return Result(out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), fixed.dout))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = step()
+    graph, recorded = capture(step)
     for salt in (1, 2, 3):
         x = make_inputs(case, device, salt)
         for name in ("q", "k", "v", "dout"):

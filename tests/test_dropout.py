@@ -23,6 +23,7 @@ from harness import (
     assert_bitwise,
     assert_nearly,
     assert_same_result,
+    capture,
     check_case,
     features_of,
     leaves,
@@ -503,14 +504,7 @@ def test_cuda_graph_replays_draw_fresh_masks_D1(device: str, case: AttnCase) -> 
         out, _, probs = flash_attn_func(*inputs, return_attn_probs=True, **options)
         return out.detach(), probs, *torch.autograd.grad(out, inputs, x.dout)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = step()
+    graph, recorded = capture(step)
 
     def replay() -> list[Tensor]:
         graph.replay()

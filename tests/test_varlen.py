@@ -28,6 +28,7 @@ from harness import (
     assert_bitwise,
     assert_nearly,
     assert_same_result,
+    capture,
     check_varlen,
     features_of,
     leaves,
@@ -457,9 +458,12 @@ PAGED = [
 ]
 
 
-def check_forward(case: VarlenCase, dense: VarlenInputs, ours: Result) -> None:
+def check_forward(
+    case: VarlenCase, dense: VarlenInputs, ours: Result, features: dict[str, Any] | None = None
+) -> None:
     """out and lse against the oracle on `dense`, whose K and V are one sequence after another."""
-    features = features_of(case, dense.q.device)
+    if features is None:
+        features = features_of(case, dense.q.device)
     exact = dict(
         scale=case.scale,
         causal=case.causal,
@@ -600,16 +604,7 @@ def test_used_keys_and_left_padding(
         features["alibi_slopes"] = slopes
     if case.dropout:
         features["keep"] = varlen_keep(part, ours.rng_state, device)
-    exact = dict(
-        scale=case.scale,
-        causal=case.causal,
-        cu_seqlens_q=dense.cu_seqlens_q.tolist(),
-        cu_seqlens_k=dense.cu_seqlens_k.tolist(),
-    )
-    qkv = dense.q, dense.k, dense.v
-    want = per_sequence(attention_oracle, *qkv, **exact, **features)
-    peer = per_sequence(attention_peer, *qkv, **exact, **features)
-    check_result(ours, peer, want, case=case)
+    check_forward(case, dense, ours, features)
 
 
 @everywhere(FEATURES[1], FEATURES[7].but(dropout=0.0))
@@ -770,14 +765,7 @@ def test_cuda_graph_takes_new_lengths(device: str, case: VarlenCase) -> None:
         )
         return Result(out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), fixed.dout))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = step()
+    graph, recorded = capture(step)
     # The same lengths in another order, half of the query lengths shorter.
     lengths_q = [n // 2 if i % 2 else n for i, n in enumerate(case.lengths_q[::-1])]
     for new_q, new_k in (

@@ -53,16 +53,11 @@ def read_result(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def write_result(result: dict[str, Any], path: Path) -> None:
-    """After every section, so that a run that is cut short leaves what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def measure(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Builds what the sections need, measures them and writes the file after each."""
     import torch
     from bench import ClockLog, environment
+    from report import write_json
 
     from . import backward, forward, paper
     from .build import build
@@ -105,7 +100,7 @@ def measure(args: argparse.Namespace, command: str) -> dict[str, Any]:
             **section,
         }
         print(f"== {name}: {seconds} s", flush=True)
-        write_result(result, args.json)
+        write_json(result, args.json)  # a run that is cut short leaves what it has
         torch.cuda.empty_cache()
     return result
 
