@@ -488,7 +488,7 @@ def test_plots_are_drawn_from_the_result_alone(result, tmp_path):
 def test_command_shows_a_result_without_a_gpu(result, tmp_path, capsys):
     path = tmp_path / "result.json"
     assert command.main(["--show", "--json", str(path)]) == 2
-    command.write_result(result, path)
+    command.write_json(result, path)
     assert command.main(["--show", "--json", str(path)]) == 1  # a variant was wrong
     shown = capsys.readouterr()
     assert "keys outside" in shown.out and "persistent d64 full" in shown.err

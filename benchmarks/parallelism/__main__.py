@@ -16,6 +16,8 @@ import time
 from pathlib import Path, PurePath
 from typing import Any
 
+from report import write_json
+
 from . import ROOT
 from .report import RESULT_FILE, RESULTS, SECTIONS, text_report, update_docs
 
@@ -57,7 +59,6 @@ def measure(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Builds what the sections need, measures them and writes the file after each."""
     import torch
     from bench import ClockLog, environment
-    from report import write_json
 
     from . import backward, forward, paper
     from .build import build
