@@ -141,20 +141,13 @@ def attention(
         or (y is not None and y.requires_grad)
         or (z is not None and z.requires_grad)
     ):
-        # torch.compile refuses a Function that gets one tensor twice.
-        if z is not None and (y is x or z is y or z is x):
-            y, z = y.view_as(y), z.view_as(z)
-        scalars = score, dropout_p, deterministic
-        if lengths is None:
-            result = FlashAttn.apply(x, y, z, alibi_slopes, rng_state, scalars, return_attn_probs)
+        if _has_native_gradients(x, z, lengths):
+            result = _attend_natively(x, y, z, lengths, options, deterministic)
+            if not return_attn_probs:
+                result = result[0]
         else:
-            cu_seqlens_q, cu_seqlens_k, _, _, block_table, max_seqlen_q, max_seqlen_k = lengths
-            if cu_seqlens_k is cu_seqlens_q:
-                cu_seqlens_k = cu_seqlens_k.view(-1)
-            result = FlashAttnVarlen.apply(
-                *(x, y, z, alibi_slopes, rng_state, scalars, return_attn_probs),
-                *(cu_seqlens_q, cu_seqlens_k, block_table, max_seqlen_q, max_seqlen_k),
-            )
+            scalars = score, dropout_p, deterministic
+            result = _apply(x, y, z, lengths, alibi_slopes, rng_state, scalars, return_attn_probs)
     else:
         q, k, v = _unpack(x, y, z)
         if lengths is None:
@@ -172,6 +165,60 @@ def attention(
     if dropout_p == 0:
         return out, softmax_lse, out.new_empty(0)
     return out, softmax_lse, _attention_probabilities(x, y, z, lengths, options)
+
+
+def _has_native_gradients(x: Tensor, z: Tensor | None, lengths: Lengths | None) -> bool:
+    """Whether the compiled extension's autograd function serves: it does what FlashAttn and
+    FlashAttnVarlen do for q, k, v in less time on the host; torch.compile cannot trace it."""
+    return (
+        x.is_cuda
+        and z is not None
+        and _ops.extension is not None
+        and (lengths is None or lengths.block_table is None)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _attend_natively(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths | None,
+    options: tuple,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """out and softmax_lse with gradients; options as the operators take them."""
+    if lengths is None:
+        return _ops.extension.attend(q, k, v, *options, deterministic)
+    cu_seqlens_q, cu_seqlens_k, _, _, _, *max_seqlens = lengths
+    return _ops.extension.varlen_attend(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *max_seqlens, *options, deterministic
+    )
+
+
+def _apply(
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    lengths: Lengths | None,
+    alibi_slopes: Tensor | None,
+    rng_state: Tensor | None,
+    scalars: tuple,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out, or with return_lse (out, softmax_lse), with gradients."""
+    # torch.compile refuses a Function that gets one tensor twice.
+    if z is not None and (y is x or z is y or z is x):
+        y, z = y.view_as(y), z.view_as(z)
+    inputs = x, y, z, alibi_slopes, rng_state, scalars, return_lse
+    if lengths is None:
+        return FlashAttn.apply(*inputs)
+    cu_seqlens_q, cu_seqlens_k, _, _, block_table, max_seqlen_q, max_seqlen_k = lengths
+    if cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = cu_seqlens_k.view(-1)
+    return FlashAttnVarlen.apply(
+        *inputs, cu_seqlens_q, cu_seqlens_k, block_table, max_seqlen_q, max_seqlen_k
+    )
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:

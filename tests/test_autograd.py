@@ -14,6 +14,7 @@ from oracle import Result, attention_oracle, attention_peer, check_result
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn import (
+    _autograd,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -412,3 +413,28 @@ def test_form_in_a_checkpoint(device: str, form: Form, use_reentrant: bool) -> N
         results.append((out.detach(), *(t.grad for t in inputs)))
     for ours, want in zip(*results):
         assert_bitwise("checkpoint", ours, want, form)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("form", [f for f in FORMS if f.layout is split], ids=str)
+@pytest.mark.parametrize("features", [{}, FEATURES], ids=["plain", "features"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_extension_and_python_record_the_same(
+    form: Form, features: dict, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the extension's autograd function serves q, k, v; torch.compile has the Python one."""
+    tensors, lengths = form.make("cuda")
+    options = dict(causal=causal, return_attn_probs=True) | features | dict(deterministic=True)
+    results, recorded = [], []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(_autograd, "_has_native_gradients", lambda *args: False)
+        inputs = leaves(*tensors)
+        torch.manual_seed(5)
+        out, lse, _ = form.function(*inputs, *lengths, **options)
+        recorded.append(type(out.grad_fn).__name__)
+        loss = out.float().square().sum() + lse.where(lse.isfinite(), 0.0).sin().sum()
+        results.append((out, lse, *torch.autograd.grad(loss, inputs)))
+    assert recorded[0] != recorded[1], recorded
+    for name, ours, want in zip(("out", "lse", "dq", "dk", "dv"), *results):
+        assert_bitwise(name, ours.detach(), want.detach(), str(form))

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "flash.h"
+#include "torch/autograd.h"
 #include "torch/operators.h"
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
@@ -194,6 +195,12 @@ PYBIND11_MODULE(flash_attn_2_cuda, m) {
   m.def(
       "build_info", &build_info,
       "What this build holds: archs, head_dims, dtypes, families, cuda_version, cutlass_version.");
+  // Called by flash_attn/_autograd.py.
+  using WithoutGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("attend", &flash::attend, "Attention with gradients: (out, softmax_lse).", WithoutGil());
+  m.def("varlen_attend", &flash::varlen_attend,
+        "Attention with gradients for sequences of their own lengths: (out, softmax_lse).",
+        WithoutGil());
   // Arguments have no names, as other libraries pass them: varlen_fwd takes 21 or, with num_splits (ignored), 22.
   namespace py = pybind11;
   m.def("fwd", &fwd, "Forward pass: [out, softmax_lse, S_dmask, rng_state].");
