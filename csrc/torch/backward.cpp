@@ -42,14 +42,14 @@ void backward(Saved const& saved, Lengths const* lengths, Options const& options
     return;
   }
   auto const writable = [](at::Tensor const& tensor) {
-    return is_aligned(tensor) ? tensor : at::empty(tensor.sizes(), tensor.options());
+    return is_aligned(tensor) ? tensor : new_like(tensor);
   };
   at::Tensor const dq = writable(dq_out), dk = writable(dk_out), dv = writable(dv_out);
 
   BwdPlan const plan = plan_bwd(problem);
   // One allocation: dq_accum, rows, then the turns as 32-bit integers.
   at::Tensor workspace =
-      at::empty({plan.dq_accum + plan.rows + (deterministic ? plan.turns : 0)}, lse.options());
+      new_tensor({plan.dq_accum + plan.rows + (deterministic ? plan.turns : 0)}, at::kFloat, lse);
   float* const base = workspace.data_ptr<float>();
   float* const rows = base + plan.dq_accum;
   BwdParams params{};
@@ -71,10 +71,6 @@ void backward(Saved const& saved, Lengths const* lengths, Options const& options
   if (!dk.is_same(dk_out)) { dk_out.copy_(dk); }
   if (!dv.is_same(dv_out)) { dv_out.copy_(dv); }
   if (negative) { dq_out.neg_(); }
-}
-
-at::Tensor new_like(at::Tensor const& tensor) {
-  return at::empty(tensor.sizes(), tensor.options());
 }
 
 }  // namespace

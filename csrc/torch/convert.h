@@ -1,6 +1,7 @@
 #pragma once
 // at::Tensor to the seam's plain structs.
 #include <ATen/ATen.h>
+#include <ATen/cuda/EmptyTensor.h>
 
 #include "flash.h"
 
@@ -18,6 +19,20 @@ inline bool is_aligned(at::Tensor const& tensor) {
 // A tensor that does not fit is copied, never misread.
 inline at::Tensor aligned(at::Tensor const& tensor) {
   return is_aligned(tensor) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+}
+
+// On like's device, contiguous.  Without the dispatcher, and not filled even where torch.utils.deterministic asks for it: every
+// element is written.
+inline at::Tensor new_tensor(at::IntArrayRef shape, at::ScalarType dtype, at::Tensor const& like) {
+  return at::Tensor(at::detail::empty_cuda(shape, dtype, like.device(), std::nullopt));
+}
+inline at::Tensor new_like(at::Tensor const& tensor) {
+  return new_tensor(tensor.sizes(), tensor.scalar_type(), tensor);
+}
+// A softmax_lse for q.
+inline at::Tensor new_lse(at::Tensor const& q) {
+  return q.dim() == 3 ? new_tensor({q.size(1), q.size(0)}, at::kFloat, q)
+                      : new_tensor({q.size(0), q.size(2), q.size(1)}, at::kFloat, q);
 }
 
 // (batch, seqlen, heads, head_dim), or (rows, heads, head_dim) with the batch stride that shared rows have.

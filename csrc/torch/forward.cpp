@@ -22,10 +22,7 @@ std::tuple<at::Tensor, at::Tensor> forward(at::Tensor const& q_in, at::Tensor co
   at::Tensor const q = aligned(options.softmax_scale < 0 ? q_in.neg() : q_in), k = aligned(k_in),
                    v = aligned(v_in);
 
-  at::Tensor out         = at::empty(q.sizes(), q.options());
-  auto const lse_options = q.options().dtype(at::kFloat);
-  at::Tensor lse         = lengths ? at::empty({q.size(1), q.size(0)}, lse_options)
-                                   : at::empty({q.size(0), q.size(2), q.size(1)}, lse_options);
+  at::Tensor out = new_like(q), lse = new_lse(q);
   FwdParams const params{make_problem(q, k, lengths, options),
                          ref(q),
                          ref(k),

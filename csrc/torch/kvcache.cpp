@@ -98,7 +98,9 @@ Problem cache_problem(at::Tensor const& q, int64_t batch, KvCache const& cache, 
   bool const is_ragged = arguments.cu_seqlens_q.has_value();
   Problem problem      = make_problem(
       q, is_ragged,
-      {batch, heads_kv, is_ragged ? arguments.max_seqlen_q : q.size(1), cache.capacity}, options);
+      {batch, heads_kv, is_ragged ? std::max<int64_t>(1, arguments.max_seqlen_q) : q.size(1),
+       cache.capacity},
+      options);
   problem.cu_seqlens_q = data_of(arguments.cu_seqlens_q);
   problem.cu_seqlens_k = data_of(arguments.cu_seqlens_k);
   problem.seqused_k    = data_of(arguments.seqlens);
@@ -135,7 +137,7 @@ at::Tensor append(Append const& rows, at::Tensor const& q, Problem const& proble
     TORCH_CHECK(rotary_dim <= q.size(-1), "rotary_dim must be <= headdim; got ", rotary_dim);
     TORCH_CHECK(rotary_dim % 16 == 0, "Only rotary dimensions divisible by 16 are supported; got ",
                 rotary_dim);
-    q_out      = at::empty(q.sizes(), q.options());
+    q_out      = new_like(q);
     params.cos = cos.data_ptr(), params.sin = sin.data_ptr();
     params.cos_stride = cos.stride(0), params.sin_stride = sin.stride(0);
     params.rotary_dim = int(rotary_dim), params.positions = int(cos.size(0));
@@ -192,10 +194,7 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
     }
   }
 
-  auto const lse_options = q.options().dtype(at::kFloat);
-  at::Tensor out         = at::empty(q.sizes(), q.options());
-  at::Tensor lse         = q.dim() == 3 ? at::empty({q.size(1), q.size(0)}, lse_options)
-                                        : at::empty({q.size(0), q.size(2), q.size(1)}, lse_options);
+  at::Tensor out = new_like(q), lse = new_lse(q);
   if (out.numel() == 0) { return {out, lse}; }
   if (k_cache.numel() == 0 || params.cache.capacity == 0) {  // rows that see no key
     return {out.zero_(), lse.fill_(std::numeric_limits<float>::infinity())};
@@ -216,7 +215,7 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
   params.plan = plan_decode(params.problem, params.cache, int(num_splits));
   at::Tensor partial, counters;
   if (params.plan.counters > 0) {
-    partial = at::empty({params.plan.partial_o + params.plan.partial_rows}, lse_options);
+    partial = new_tensor({params.plan.partial_o + params.plan.partial_rows}, at::kFloat, q);
     params.workspace.partial_o    = partial.data_ptr<float>();
     params.workspace.partial_rows = params.workspace.partial_o + params.plan.partial_o;
     if (params.plan.splits > 0) {
@@ -294,7 +293,7 @@ std::tuple<at::Tensor, at::Tensor> merge_states(at::Tensor const& out_a_in,
   check_rows(lse_b_in, "lse_b", out_a);
   c10::cuda::CUDAGuard const guard(out_a.device());
   at::Tensor const lse_a = lse_a_in.contiguous(), lse_b = lse_b_in.contiguous();
-  at::Tensor out = at::empty(out_a.sizes(), out_a.options()), lse = at::empty_like(lse_a);
+  at::Tensor out = new_like(out_a), lse = new_like(lse_a);
   bool const is_ragged = out_a.dim() == 3;
   MergeParams params{};
   Problem& problem = params.problem;

@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <utility>
 
 namespace flash {
 
@@ -14,18 +16,31 @@ struct Grid {
   int y = 1;
 };
 
-// Above 48 KB, static shared memory included, a kernel must ask for it; asking costs about a microsecond and needs no state.
+// Above 48 KB, static shared memory included, a kernel must ask for it.  That takes over a microsecond: each thread asks once.
+template <class Kernel>
+cudaError_t allow_smem(Kernel* kernel, int smem_bytes) {
+  constexpr int kStaticBytes = 1024;  // more than any kernel has
+  if (smem_bytes + kStaticBytes <= 48 * 1024) { return cudaSuccess; }
+  thread_local std::map<std::pair<int, void const*>, int> allowed;
+  int device         = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) { return status; }
+  int& bytes = allowed[{device, reinterpret_cast<void const*>(kernel)}];
+  if (smem_bytes > bytes) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+    if (status != cudaSuccess) { return status; }
+    bytes = smem_bytes;
+  }
+  return cudaSuccess;
+}
+
 template <class... Params>
 cudaError_t launch_tiles(Start start, void (*kernel)(Params...), Grid grid, int threads,
                          int smem_bytes, cudaStream_t stream, Params const&... params) {
   if (grid.x == 0) { return cudaSuccess; }
   if (grid.x > INT32_MAX) { return cudaErrorInvalidConfiguration; }
-  constexpr int kStaticBytes = 1024;  // more than any kernel has
-  if (smem_bytes + kStaticBytes > 48 * 1024) {
-    cudaError_t const status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-    if (status != cudaSuccess) { return status; }
-  }
+  cudaError_t const status = allow_smem(kernel, smem_bytes);
+  if (status != cudaSuccess) { return status; }
   dim3 const blocks(unsigned(grid.x), unsigned(grid.y));
   if (start == Start::kAfter) {
     kernel<<<blocks, threads, smem_bytes, stream>>>(params...);
