@@ -29,6 +29,23 @@ constexpr int kUnlimited = 1 << 30;
 // Sequences of their own lengths (cu_seqlens_q not null): tensors have batch stride 0; sequence b has the rows cu_seqlens_q[b] to
 // cu_seqlens_q[b + 1] of q, and of k those from cu_seqlens_k[b] + leftpad_k[b] on, up to cu_seqlens_k[b + 1] or to
 // cu_seqlens_k[b] + seqused_k[b].  Rows beyond the last sequence, up to total_q and total_k, are written as rows that see no key.
+// Scores are exponentiated in a unit of their own: softcap where there is one, otherwise softmax_scale (pieces/score_mod.cuh).
+struct ScoreUnit {
+  float scale_log2;  // factor of a score in the exponent of 2: unit * log2(e)
+  float inner;       // softmax_scale / softcap
+  float per_unit;    // 1 / unit
+};
+
+inline ScoreUnit score_unit(float scale, float softcap) {
+  constexpr float kLog2OfE = 1.4426950408889634f;
+  // The smallest unit.  With 0, hidden scores of -inf would become NaN; ALiBi's part of a score, divided by it, stays above the
+  // reference of a row without keys (-1e30).
+  constexpr float kMinUnit = 1e-20f;
+  float const wanted       = softcap > 0.f ? softcap : scale,
+              unit         = wanted > kMinUnit ? wanted : kMinUnit;
+  return {unit * kLog2OfE, softcap > 0.f ? scale / softcap : 0.f, 1.f / unit};
+}
+
 struct Problem {
   DType dtype;
   MaskKind mask;
@@ -36,6 +53,7 @@ struct Problem {
   int window_left, window_right;                               // kLocal
   float scale;                                                 // softmax_scale, not negative
   float softcap;                                               // 0: none
+  ScoreUnit unit;                                              // follows from these two
   float const* alibi_slopes;                                   // (heads_q) or (batch, heads_q)
   int64_t alibi_batch_stride;
   int const *cu_seqlens_q, *cu_seqlens_k, *seqused_k, *leftpad_k;  // device; int32
@@ -44,14 +62,8 @@ struct Problem {
   // Dropout: a weight is kept iff its 16 random bits are below keep_below (pieces/dropout.cuh).
   int64_t const* rng_state;  // device: seed, offset; null: no dropout
   unsigned keep_below;
-  float keep_scale;  // 1 / (1 - p)
+  float keep_scale;  // 1 / (1 - p); 1 without dropout
 };
-
-// Whether the problem needs the kernels with windows, ALiBi, softcap and dropout.
-inline bool is_general(Problem const& problem) {
-  return problem.mask == MaskKind::kLocal || problem.softcap > 0.f || problem.alibi_slopes ||
-         problem.rng_state;
-}
 
 struct FwdParams {
   Problem problem;

@@ -163,6 +163,7 @@ FEATURE_SETS: tuple[dict[str, Any], ...] = (
     dict(alibi=Alibi.per_head),
     dict(alibi=Alibi.per_batch, window=(-1, 9)),
     dict(dropout=0.2),
+    dict(window=(33, -1), softcap=6.0, alibi=Alibi.per_head),
     dict(window=(70, 5), softcap=8.0, alibi=Alibi.per_batch, dropout=0.1),
 )
 

@@ -328,8 +328,15 @@ def assert_close_rule(
         )
 
 
+HALVES = ("fp16", "bf16")
+
+
 def assert_lse_close(ours: Tensor, want: Tensor, *, case: object) -> None:
-    """LSE is single precision (double for double inputs), +inf exactly where no key is seen."""
+    """LSE is single precision (double for double inputs), +inf exactly where no key is seen.
+
+    With softcap the CUDA kernels' scores have the error of tanh.approx: 2^-11 of a score at most (PTX
+    ISA), of which a tenth is allowed here, for it is seldom more.
+    """
     assert ours.shape == want.shape, f"lse: shape {ours.shape}, want {want.shape}; case {case}"
     if want.numel() == 0:
         return
@@ -337,7 +344,9 @@ def assert_lse_close(ours: Tensor, want: Tensor, *, case: object) -> None:
     finite = torch.isfinite(want)
     error = torch.where(finite, ours.detach().double() - want, 0.0).abs()
     largest = float(torch.where(finite, want, 0.0).abs().max())
-    limit = (1e-12 if ours.dtype == torch.float64 else 1e-5) * (1.0 + largest)
+    approximates = getattr(case, "softcap", 0.0) > 0 and getattr(case, "dtype", "") in HALVES
+    relative = 1e-12 if ours.dtype == torch.float64 else 5e-5 if approximates else 1e-5
+    limit = relative * (1.0 + largest)
     if float(error.max()) > limit:
         at = _where(int(error.argmax()), ours.shape)
         raise AssertionError(

@@ -36,7 +36,7 @@ PADDED = {
     128: 104,
     256: 200,
 }  # built head dimension: one that its kernel serves by predicates
-FEATURES = dict(softcap=5.0, dropout_p=0.2)  # with ALiBi, whose slopes are made with the inputs
+FEATURES = dict(softcap=5.0, alibi=True, dropout_p=0.2)  # slopes are made with the inputs
 
 
 def find_sanitizer() -> str | None:
@@ -63,6 +63,11 @@ def problems(head_dims: list[int], dtypes: list[str], only: int | None) -> Itera
             yield head_dim, dtype, 193, 65, dict(causal=True)
             yield head_dim, dtype, 161, 225, dict(window_size=(40, 9), **FEATURES)
             yield head_dim, dtype, 193, 65, dict(causal=True, window_size=(40, -1), **FEATURES)
+            # Each of these has a kernel of its own.
+            yield head_dim, dtype, 161, 225, dict(window_size=(40, 9))
+            yield head_dim, dtype, 193, 225, dict(causal=True, softcap=5.0)
+            yield head_dim, dtype, 161, 97, dict(window_size=(40, 9), alibi=True)
+            yield head_dim, dtype, 193, 225, dict(causal=True, dropout_p=0.2)
         if head_dim in PADDED:
             yield PADDED[head_dim], dtypes[0], 97, 161, dict(causal=True)
             yield PADDED[head_dim], dtypes[0], 97, 161, dict(window_size=(-1, 30), **FEATURES)
@@ -74,8 +79,9 @@ def dense_case(head_dim: int, dtype: torch.dtype, sq: int, sk: int, options: dic
     # Made on the CPU: only our kernels and a few copies run under the sanitizer.
     q, k, v = (torch.randn(s).to(dtype).cuda().requires_grad_() for s in shapes)
     dout, dlse = torch.randn(shapes[0]).to(dtype).cuda(), torch.randn(1, 2, sq).cuda()
-    if options.get("dropout_p"):
-        options = options | dict(alibi_slopes=torch.tensor([0.5, 0.01]).cuda())
+    options = dict(options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = torch.tensor([0.5, 0.01]).cuda()
     for deterministic in (False, True):
         out, lse, _ = flash_attn_func(
             q, k, v, deterministic=deterministic, return_attn_probs=True, **options

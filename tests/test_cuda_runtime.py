@@ -334,13 +334,16 @@ LENGTHS = (130, 0, 257, 33, 1)
 VARLEN = [
     VarlenCase(LENGTHS, LENGTHS[::-1], (4, 2), d, mask, dtype, (20, 30), **features)
     for d, mask, dtype, features in zip(
-        (*DIMS, 33), (Mask.causal, Mask.none) * 4, ("bf16", "fp16") * 4, ({}, *FEATURE_SETS[::-1])
+        (*DIMS, 33, 72, 64),
+        (Mask.causal, Mask.none) * 5,
+        ("bf16", "fp16") * 5,
+        ({}, *FEATURE_SETS[::-1]),
     )
 ]
 FEATURED = [
     AttnCase(130, 193, (4, 2), d, mask, dtype, 2, **features)
     for d, mask, dtype, features in zip(
-        (*DIMS, 33), (Mask.causal, Mask.none) * 4, ("bf16", "fp16") * 4, FEATURE_SETS
+        (*DIMS, 33, 72), (Mask.causal, Mask.none) * 4, ("bf16", "fp16") * 4, FEATURE_SETS
     )
 ]
 

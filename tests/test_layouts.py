@@ -232,7 +232,7 @@ def test_dout_expanded_from_a_sum(device: str, case: AttnCase) -> None:
 FEATURED = [
     AttnCase(97, 130, (4, 2), d, mask, dtype, 2, **features)
     for d, mask, dtype, features in zip(
-        (64, 128, 96, 256, 40, 32, 192),
+        (64, 128, 96, 256, 40, 32, 192, 104),
         (Mask.causal, Mask.none) * 4,
         ("bf16", "fp16") * 4,
         FEATURE_SETS,

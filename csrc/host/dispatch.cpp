@@ -7,6 +7,7 @@
 #include "host/registry.h"
 #include "kernels/tile_config.h"
 #include "pieces/device_info.h"
+#include "pieces/level.h"
 #include "pieces/sequence.cuh"
 #include "pieces/split.cuh"
 
@@ -84,8 +85,9 @@ Status launch_decode(DecodeParams const& params, cudaStream_t stream) {
 BwdPlan plan_bwd(Problem const& problem) {
   bool const small_smem = kSmallTiles && has_small_smem();  // as in sm80/bwd_launch.cuh
   int const head_dim    = built_head_dim(problem.head_dim);
-  BwdTile const tile =
-      is_general(problem) ? general_bwd_tile(head_dim, small_smem) : bwd_tile(head_dim, small_smem);
+  BwdTile const tile    = bwd_is_general(head_dim, level_of(problem))
+                              ? general_bwd_tile(head_dim, small_smem)
+                              : bwd_tile(head_dim, small_smem);
   int64_t const blocks = query_block_count(problem, tile.block_m), rows = blocks * tile.block_m;
   return {rows * head_dim, 2 * rows, blocks};
 }

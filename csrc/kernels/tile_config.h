@@ -1,6 +1,7 @@
 #pragma once
 // The tile table: one row per built head dimension.  Read by kernels, host code and tests; measurements in benchmarks/README.md.
 #include "pieces/integers.cuh"
+#include "pieces/level.h"
 
 namespace flash {
 
@@ -39,12 +40,21 @@ constexpr FwdTile fwd_tile(int head_dim) {
   }
 }
 
-// For the kernels with windows, ALiBi, softcap and dropout, which need registers for them.
+// For kernels that need registers for what they do to scores and weights.
 constexpr FwdTile general_fwd_tile(int head_dim) {
   FwdTile tile = fwd_tile(head_dim);
   if (head_dim == 128) { tile.block_n = 48; }
   tile.early = tile.block_n / 16;
   return tile;
+}
+constexpr bool fwd_is_general(int head_dim, Level level) {
+  return level == Level::kAll || (level == Level::kDropout && head_dim == 128);
+}
+// The tile's early, but for head_dim 64: tanh and exponentials use the same unit; random numbers are better drawn all at once.
+constexpr int early_steps(FwdTile const& tile, int head_dim, Level level) {
+  if (head_dim == 64 && level == Level::kSoftcap) { return 1; }
+  if (head_dim == 64 && level == Level::kDropout) { return 4; }
+  return tile.early;
 }
 
 struct BwdTile {
@@ -77,13 +87,17 @@ constexpr BwdTile bwd_tile(int head_dim, bool small_smem) {
   }
 }
 
-// For the kernels with windows, ALiBi, softcap and dropout, which need registers for them.
+// As in the forward pass.
 constexpr BwdTile general_bwd_tile(int head_dim, bool small_smem) {
   BwdTile tile = bwd_tile(head_dim, small_smem);
   if (head_dim <= 64) { tile.sub_m = 16; }
   if (head_dim == 128) { tile.sdp_keys = tile.dkv_keys = 8, tile.sub_m = 32; }
   if (head_dim > 192) { tile = {32, 64, 8, 2, 4, 2, 2, 32, 1}; }
   return tile;
+}
+
+constexpr bool bwd_is_general(int head_dim, Level level) {
+  return level != Level::kPlain && !(level == Level::kAlibi && head_dim == 128);
 }
 
 // Decoding.  narrow: all rows fit one 16-row MMA tile and every warp has key tiles, a pipeline and a softmax of its own; otherwise warps go along

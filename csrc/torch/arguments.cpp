@@ -42,7 +42,8 @@ void set_alibi(Problem& problem, at::Tensor const& slopes, at::Tensor const& q) 
 }
 
 void set_dropout(Problem& problem, Options const& options, at::Tensor const& q) {
-  double const p = options.dropout_p;
+  double const p     = options.dropout_p;
+  problem.keep_scale = 1.f;
   TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1): Expected p_dropout < 1; got ", p);
   constexpr double kChoices = 65536.0;  // 16 bits per weight
   double const keep_below   = std::nearbyint((1.0 - p) * kChoices);
@@ -95,6 +96,7 @@ Problem make_problem(at::Tensor const& q, bool is_ragged, ProblemShape const& sh
   problem.scale    = float(std::abs(options.softmax_scale));
   TORCH_CHECK(options.softcap >= 0.0, "softcap must be 0 (off) or positive; got ", options.softcap);
   problem.softcap = float(options.softcap);
+  problem.unit    = score_unit(problem.scale, problem.softcap);
   if (is_ragged) {
     problem.lse_head_stride = q.size(0);
   } else {

@@ -58,6 +58,7 @@ inline flash::Problem dense_problem(int batch, int seqlen, int heads, int head_d
   problem.seqlen_q = problem.seqlen_k = seqlen;
   problem.window_left = problem.window_right = flash::kUnlimited;
   problem.scale                              = scale;
+  problem.unit                               = flash::score_unit(scale, 0.f);
   problem.lse_head_stride = seqlen, problem.lse_batch_stride = int64_t(seqlen) * heads;
   return problem;
 }

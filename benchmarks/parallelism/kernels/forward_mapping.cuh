@@ -37,7 +37,7 @@ CUTE_DEVICE void forward_tile(FwdParams const& params, TileCoord const& tile, Sa
   auto tOrO = partition_fragment_C(mma, Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
   clear(tOrO);
   constexpr int kRows = 2 * decltype(size<1>(tOrO))::value;
-  Softmax<kRows> softmax(problem.scale * kLog2E);
+  Softmax<kRows> softmax(problem.unit.scale_log2);
   {
     Site const site = dense_site(problem, tile.batch, tile.block);
     Visibility<kMask> const see{site.seqlen_q, site.seqlen_k, 0, 0};
@@ -50,7 +50,8 @@ CUTE_DEVICE void forward_tile(FwdParams const& params, TileCoord const& tile, Sa
                                                params.q.row_stride,
                                                params.k.row_stride,
                                                params.v.row_stride,
-                                               &saved};
+                                               &saved,
+                                               0};
     Mainloop::run(operands, see, blocks, site.block, problem.head_dim, smem, tOrO, softmax);
   }
 

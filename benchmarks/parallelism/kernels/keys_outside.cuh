@@ -51,7 +51,7 @@ struct KeysOutside {
     auto tOrO             = partition_fragment_C(mma, TileO{});
     constexpr int kRows   = 2 * decltype(size<1>(tOrO))::value;
     constexpr int kChunks = decltype(size(tOrO))::value / 4;
-    Softmax<kRows> softmax(problem.scale * kLog2E);
+    Softmax<kRows> softmax(problem.unit.scale_log2);
     auto o_rows = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
     auto where  = row_coordinates(tOrO, thread);
 

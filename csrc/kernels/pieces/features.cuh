@@ -2,26 +2,21 @@
 // What a tile's kernel carries beside the plain product of softmax and V, and where it is kept.
 // Used by: forward and backward kernels.
 #include "pieces/dropout.cuh"
+#include "pieces/read_now.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/sequence.cuh"
 #include "pieces/visibility.cuh"
 
 namespace flash {
 
-// kScores: softcap and ALiBi, decided at run time.  kDropout: these and dropout.
-enum class Level { kPlain, kScores, kDropout };
-
 struct TileFeatures {
   ScoreMod score_mod;
   DropoutBits dropout;
-  uint32_t keep_below;
+  bool drops;
 };
 
-// A field of SavedTile, read here and now: the compiler would read it early and keep it.
-CUTE_DEVICE int read_now(int const& field) {
-  int value;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(cast_smem_ptr_to_uint(&field)));
-  return value;
+CUTE_DEVICE DropoutBits read_now(DropoutBits const& bits) {
+  return {read_now(bits.key0), read_now(bits.key1), read_now(bits.offset), read_now(bits.pair)};
 }
 CUTE_DEVICE BlockRange read_now(BlockRange const& range) {
   return {read_now(range.first), read_now(range.left_end), read_now(range.right_begin),
@@ -55,11 +50,10 @@ struct SavedTile {
 template <Level kLevel>
 CUTE_DEVICE TileFeatures tile_features(Problem const& problem, ScoreMod const& mod, int batch,
                                        int head) {
+  bool const drops = decided<kLevel>(Level::kDropout, problem.rng_state);
   uint64_t seed = 0, offset = 0;
-  if constexpr (kLevel == Level::kDropout) {
-    seed = uint64_t(problem.rng_state[0]), offset = uint64_t(problem.rng_state[1]);
-  }
-  return {mod, dropout_bits(seed, offset, batch * problem.heads_q + head), problem.keep_below};
+  if (drops) { seed = uint64_t(problem.rng_state[0]), offset = uint64_t(problem.rng_state[1]); }
+  return {mod, dropout_bits(seed, offset, batch * problem.heads_q + head), drops};
 }
 
 }  // namespace flash

@@ -1,26 +1,26 @@
 #pragma once
-// What happens to scores before the softmax: scale, softcap, ALiBi.
-// Used by: fwd_mainloop (S, queries down) and bwd_mainloop (S^T, keys down).  Branches are the same for a whole tile.
+// What happens to scores before the softmax: softcap and ALiBi.
+// Used by: the main loops (S, queries down; in the backward pass S^T, keys down).  Branches are the same for a whole tile.
+//
+// Scores q.k are scaled where they are exponentiated.  A changed score is in units of which the exponent knows the factor:
+//
+//   unit       softmax_scale, with softcap softcap
+//   softcap    s = tanh(q.k softmax_scale / softcap), otherwise s = q.k
+//   ALiBi      s - slope / unit * |i + shift - j|
+//   softmax    2^(s unit log2(e))
 #include <cute/tensor.hpp>
 
 #include "flash.h"
+#include "pieces/level.h"
 #include "pieces/numeric.cuh"
 
 namespace flash {
 using namespace cute;
 
-// Without softcap and ALiBi the softmax does the scaling.  The same for all tiles of a call.
-CUTE_DEVICE bool has_score_mod(Problem const& problem) {
-  return problem.softcap > 0.f || problem.alibi_slopes;
-}
-// Factor of the scores in the softmax's base-2 exponent, after ScoreMod::apply().
-CUTE_DEVICE float scale_log2_of(Problem const& problem) {
-  return (has_score_mod(problem) ? 1.f : problem.scale) * kLog2E;
-}
-
 struct ScoreMod {
-  float scale, softcap, slope;
-  bool has_slope;
+  float inner;  // softmax_scale / softcap
+  float slope;  // in the scores' unit
+  bool has_softcap, has_slope;
 
   // Distances |i + shift - j| of a tile's queries i and keys j, for this thread: f(score index, distance).
   template <bool kTransposed, class TiledMma, class TileShape, class TensorS, class Function>
@@ -39,17 +39,13 @@ struct ScoreMod {
     }
   }
 
-  template <bool kTransposed, class TiledMma, class TileShape, class TensorS>
+  template <Level kLevel, bool kTransposed, class TiledMma, class TileShape, class TensorS>
   CUTE_DEVICE void apply(TensorS& tSrS, int row0, int col0, int shift, int thread) const {
-    if (softcap > 0.f) {
-      float const inner = scale / softcap;
+    if (decided<kLevel>(Level::kSoftcap, has_softcap)) {
       CUTE_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) { tSrS(i) = softcap * tanh_approx(tSrS(i) * inner); }
-    } else if (has_slope) {
-      CUTE_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) { tSrS(i) *= scale; }
+      for (int i = 0; i < size(tSrS); ++i) { tSrS(i) = tanh_approx(tSrS(i) * inner); }
     }
-    if (has_slope) {
+    if (decided<kLevel>(Level::kAlibi, has_slope)) {
       for_distances<kTransposed, TiledMma, TileShape>(
           tSrS, row0, col0, shift, thread,
           [&](int i, float distance) { tSrS(i) -= slope * distance; });
@@ -58,10 +54,10 @@ struct ScoreMod {
 };
 
 CUTE_DEVICE ScoreMod score_mod(Problem const& problem, int batch, int head) {
-  float const slope = problem.alibi_slopes
-                          ? __ldg(problem.alibi_slopes + batch * problem.alibi_batch_stride + head)
-                          : 0.f;
-  return {problem.scale, problem.softcap, slope, problem.alibi_slopes != nullptr};
+  bool const has_slope = problem.alibi_slopes;
+  float const slope =
+      has_slope ? __ldg(problem.alibi_slopes + batch * problem.alibi_batch_stride + head) : 0.f;
+  return {problem.unit.inner, slope * problem.unit.per_unit, problem.softcap > 0.f, has_slope};
 }
 
 }  // namespace flash

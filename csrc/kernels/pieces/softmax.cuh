@@ -14,23 +14,28 @@ constexpr float kLazyRescaleLog2 = 8.f;
 // ref * scale.
 constexpr float kLargeLog2 = 65536.f;
 
-// The smallest scale: with 0, hidden scores of -inf would become NaN.
-constexpr float kMinScaleLog2 = 1e-30f;
 // Reference of a row that has seen no key: finite, so that exp2((-inf - it) * scale) is 0 and not NaN.
 constexpr float kNoReference = -1e30f;
 
 template <int kRows>
 struct Softmax {
-  static constexpr int kRowCount = kRows;
   float row_ref[kRows];  // unscaled
   float row_sum[kRows];  // this lane's part until finish()
   float offset
       [kRows];  // from update() to the last exponentials(): what is subtracted from the scaled scores
-  float scale_log2;  // softmax_scale * log2(e), at least kMinScaleLog2
+  float scale_log2;  // of the scores: ScoreUnit::scale_log2
 
-  CUTE_DEVICE explicit Softmax(float scale_log2_) : scale_log2(fmaxf(scale_log2_, kMinScaleLog2)) {
+  CUTE_DEVICE explicit Softmax(float scale_log2_) : scale_log2(scale_log2_) {
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) { row_ref[r] = kNoReference, row_sum[r] = 0.f; }
+  }
+
+  // Whether scores in [-1, 1] need no reference: their exponentials, and sums of a million of them, lie far inside fp32 and bf16.
+  // Then update() may be left out for all blocks, with references of 0.
+  CUTE_DEVICE bool is_bounded() const { return scale_log2 <= 96.f; }
+  CUTE_DEVICE void start_bounded() {
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) { row_ref[r] = 0.f, offset[r] = 0.f; }
   }
 
   // The references of this block of scores (kRows, columns).  Where some reference of the warp's rows moves, O (kRows, columns),

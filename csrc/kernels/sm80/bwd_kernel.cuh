@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       saved.head = tile.head, saved.site = site, saved.blocks = blocks;
       saved.group = group, saved.slots = slots, saved.first_index = first_index;
       saved.window_left = problem.window_left, saved.window_right = problem.window_right;
-      if constexpr (kLevel == Level::kDropout) {
+      if constexpr (may_have(kLevel, Level::kDropout)) {
         saved.features = tile_features<kLevel>(problem, ScoreMod{}, site.batch, head);
       }
     }
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   CUTE_UNROLL
   for (int i = 0; i < size(tdKrdK); ++i) {
     tdKrdK(i) *= problem.scale;
-    if constexpr (kLevel == Level::kDropout) { tdVrdV(i) *= problem.keep_scale; }
+    if constexpr (may_have(kLevel, Level::kDropout)) { tdVrdV(i) *= problem.keep_scale; }
   }
   __syncthreads();  // PROTECTS: all warps are done with K and V.
   auto sdK = TileK::tensor(smem);

@@ -43,20 +43,15 @@ cudaError_t launch_bwd_kernels(BwdParams const& params, Kernel kernel, cudaStrea
 
 template <class Traits, class General>
 cudaError_t launch_bwd_variant(BwdParams const& params, cudaStream_t stream) {
-  using GeneralDq        = std::conditional_t<kSameDq<Traits, General>, Traits, General>;
-  Problem const& problem = params.problem;
-  if (is_general(problem)) {
-    return launch_bwd_kernels<General, GeneralDq>(
-        params,
-        problem.rng_state ? &bwd_kernel<General, MaskKind::kLocal, Level::kDropout>
-                          : &bwd_kernel<General, MaskKind::kLocal, Level::kScores>,
-        stream);
-  }
-  return launch_bwd_kernels<Traits, Traits>(
-      params,
-      problem.mask == MaskKind::kCausal ? &bwd_kernel<Traits, MaskKind::kCausal, Level::kPlain>
-                                        : &bwd_kernel<Traits, MaskKind::kNone, Level::kPlain>,
-      stream);
+  using GeneralDq    = std::conditional_t<kSameDq<Traits, General>, Traits, General>;
+  cudaError_t status = cudaSuccess;
+  choose_kernel(params.problem, [&](auto mask, auto level) {
+    constexpr bool kGeneral = bwd_is_general(Traits::kHeadDim, level);
+    using Chosen            = std::conditional_t<kGeneral, General, Traits>;
+    using ChosenDq          = std::conditional_t<kGeneral, GeneralDq, Traits>;
+    status = launch_bwd_kernels<Chosen, ChosenDq>(params, &bwd_kernel<Chosen, mask, level>, stream);
+  });
+  return status;
 }
 
 // kSmallTiles: this build is also for GPUs whose thread blocks get less shared memory than sm_90's.

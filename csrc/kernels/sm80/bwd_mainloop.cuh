@@ -36,18 +36,17 @@ struct BwdMainloop {
                               Visibility<kMask> const& see, BlockRange const& blocks, int n_block,
                               Element* smem, TensorK& tdKrdK, TensorK& tdVrdV) {
     int const thread = threadIdx.x, col0 = n_block * kBlockN, head_dim = params.problem.head_dim;
-    int const keys_left          = see.seqlen_k - col0;
-    float const plain_scale_log2 = fmaxf(params.problem.scale * kLog2E, kMinScaleLog2);
-    auto sK                      = TileK::tensor(smem);
-    auto sV                      = TileK::tensor(smem + TileK::kSize);
-    Element* const smem_q        = smem + 2 * TileK::kSize;
-    Element* const smem_s        = smem_q + Traits::kStages * 2 * TileQ::kSize;
-    auto sdS                     = TileS::tensor(smem_s);
-    auto sP                      = TileS::tensor(smem_s + (Traits::kPInRegs ? 0 : TileS::kSize));
-    float* const smem_rows       = reinterpret_cast<float*>(smem + Traits::kTileElements);
+    int const keys_left    = see.seqlen_k - col0;
+    auto sK                = TileK::tensor(smem);
+    auto sV                = TileK::tensor(smem + TileK::kSize);
+    Element* const smem_q  = smem + 2 * TileK::kSize;
+    Element* const smem_s  = smem_q + Traits::kStages * 2 * TileQ::kSize;
+    auto sdS               = TileS::tensor(smem_s);
+    auto sP                = TileS::tensor(smem_s + (Traits::kPInRegs ? 0 : TileS::kSize));
+    float* const smem_rows = reinterpret_cast<float*>(smem + Traits::kTileElements);
 
     // Per tile, of the loop: in registers where there are enough, otherwise read from shared memory where it is needed.
-    constexpr bool kKeep   = kLevel == Level::kPlain && Traits::kHeadDim <= 128;
+    constexpr bool kKeep   = !bwd_is_general(Traits::kHeadDim, kLevel) && Traits::kHeadDim <= 128;
     SavedTile const& saved = *in.saved;
     auto const range       = [&] { return kKeep ? blocks : read_now(saved.blocks); };
     auto const see_now     = [&] { return kKeep ? see : saved.template see<kMask>(); };
@@ -119,9 +118,7 @@ struct BwdMainloop {
       bool const masked =
           (kAskRange && range().needs_mask(m_block)) || see_now().seqlen_k - first_key < kBlockN;
       auto const mod_of_head = [&] { return saved.score_mod(params.problem, head); };
-      float const scale_log2 = kLevel == Level::kPlain
-                                   ? plain_scale_log2
-                                   : fmaxf(scale_log2_of(params.problem), kMinScaleLog2);
+      float const scale_log2 = params.problem.unit.scale_log2;
       typename Traits::MmaSdp mma_sdp;
       typename Traits::MmaDkv mma_dkv;
       CUTE_UNROLL
@@ -135,19 +132,19 @@ struct BwdMainloop {
         auto tSrS = partition_fragment_C(mma_sdp, TileSdp{});
         clear(tSrS);
         gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(mma_sdp, tSrS, sK, sQ, lane);
-        if constexpr (kLevel == Level::kPlain) {
-          if (masked) {
-            mask_scores<true, typename Traits::MmaSdp, TileSdp>(
-                tSrS, see_now(), m_block * kBlockM + sub * kSubM, first_key, lane);
-          }
-        } else {
-          int const row0 = m_block * kBlockM + sub * kSubM;
-          mod_of_head().template apply<true, typename Traits::MmaSdp, TileSdp>(
+        int const row0 = m_block * kBlockM + sub * kSubM;
+        if constexpr (changes_scores(kLevel)) {
+          mod_of_head().template apply<kLevel, true, typename Traits::MmaSdp, TileSdp>(
               tSrS, row0, first_key, see_now().shift(), lane);
-          for (int round = opaque(int(masked)); round > 0; --round) {  // as in the forward pass
-            mask_scores<true, typename Traits::MmaSdp, TileSdp>(tSrS, see_now(), row0, first_key,
-                                                                lane);
-          }
+        }
+        auto const mask = [&] {
+          mask_scores<true, typename Traits::MmaSdp, TileSdp>(tSrS, see_now(), row0, first_key,
+                                                              lane);
+        };
+        if constexpr (kLevel != Level::kAll) {
+          if (masked) { mask(); }
+        } else {  // a loop, as in the forward pass
+          for (int round = opaque(int(masked)); round > 0; --round) { mask(); }
         }
         auto scores            = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
         constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
@@ -162,9 +159,11 @@ struct BwdMainloop {
               exponentials(scores, lse, scale_log2, part * kQueries / kDpParts,
                            (part + 1) * kQueries / kDpParts);
             });
-        if constexpr (kLevel == Level::kDropout) {
-          mark_dropped(tSrS, saved.features.dropout, head, params.problem.keep_below,
-                       m_block * kBlockM + sub * kSubM, first_key, lane);
+        if constexpr (may_have(kLevel, Level::kDropout)) {
+          if (decided<kLevel>(Level::kDropout, saved.features.drops)) {
+            mark_dropped(tSrS, saved.features.dropout, head, params.problem.keep_below, row0,
+                         first_key, lane);
+          }
         }
         auto tSrP = round_to<Element>(kept(tSrS));
         if constexpr (!Traits::kPInRegs) {
@@ -172,13 +171,14 @@ struct BwdMainloop {
         }
 
         // dS^T
-        score_gradients(tSrdP, tSrS, sRows + kBlockM + sub * kSubM, params.problem.keep_scale,
-                        lane);
-        if constexpr (kLevel != Level::kPlain) {
-          if (params.problem.softcap > 0.f) {
-            softcap_gradients(tSrdP, tSrS, mod_of_head(), sRows + sub * kSubM,
-                              m_block * kBlockM + sub * kSubM + see_now().shift(), first_key, lane);
-          }
+        float const* const sLse = sRows + sub * kSubM;
+        if constexpr (may_have(kLevel, Level::kSoftcap)) {
+          score_gradients(tSrdP, tSrS, sLse + kBlockM, params.problem.keep_scale, lane,
+                          softcap_gradient(params.problem, mod_of_head(), sLse,
+                                           row0 + see_now().shift() - first_key, lane));
+        } else {
+          score_gradients(tSrdP, tSrS, sLse + kBlockM, params.problem.keep_scale, lane,
+                          [](int, int, float gradient, float) { return gradient; });
         }
         auto tSrdS = round_to<Element>(tSrdP);
         fragment_to_smem<typename Traits::MmaSdp>(
@@ -308,7 +308,7 @@ struct BwdMainloop {
   // P^T without its dropped weights.
   template <class TensorS>
   CUTE_DEVICE static auto kept(TensorS const& tSrS) {
-    if constexpr (kLevel == Level::kDropout) {
+    if constexpr (may_have(kLevel, Level::kDropout)) {
       auto result = make_tensor<float>(tSrS.layout());
       CUTE_UNROLL
       for (int i = 0; i < size(tSrS); ++i) { result(i) = fmaxf(tSrS(i), 0.f); }
@@ -318,10 +318,11 @@ struct BwdMainloop {
     }
   }
 
-  // dP^T becomes dS^T = P^T (dP^T - delta); with dropout, dP^T is that of the kept weights, times keep_scale.
-  template <class TensorS>
+  // dP^T becomes dS^T = P^T (dP^T - delta); with dropout, dP^T is that of the kept weights, times keep_scale.  The gradient then goes
+  // through inner(row, column, gradient, P).
+  template <class TensorS, class Inner>
   CUTE_DEVICE static void score_gradients(TensorS& tSrdP, TensorS const& tSrP, float const* sDelta,
-                                          float keep_scale, int thread) {
+                                          float keep_scale, int thread, Inner inner) {
     auto gradients = make_tensor(tSrdP.data(), rows_columns(tSrdP.layout()));
     auto p         = make_tensor(tSrP.data(), rows_columns(tSrP.layout()));
     auto where     = coordinates(thread);
@@ -330,37 +331,36 @@ struct BwdMainloop {
       float const delta = sDelta[get<1>(where(0, c))];
       CUTE_UNROLL
       for (int r = 0; r < size<0>(gradients); ++r) {
-        if constexpr (kLevel == Level::kDropout) {
-          float const dp  = p(r, c) > 0.f ? gradients(r, c) * keep_scale : 0.f;
-          gradients(r, c) = fabsf(p(r, c)) * (dp - delta);
+        if constexpr (may_have(kLevel, Level::kDropout)) {
+          float const dp = p(r, c) > 0.f ? gradients(r, c) : 0.f, weight = fabsf(p(r, c));
+          gradients(r, c) = inner(r, c, weight * fmaf(dp, keep_scale, -delta), weight);
         } else {
-          gradients(r, c) = p(r, c) * (gradients(r, c) - delta);
+          gradients(r, c) = inner(r, c, p(r, c) * (gradients(r, c) - delta), p(r, c));
         }
       }
     }
   }
 
-  // Through softcap * tanh(s / softcap): times 1 - tanh^2.  The capped score comes back from P and LSE, where P is not 0.
-  template <class TensorS>
-  CUTE_DEVICE static void softcap_gradients(TensorS& tSrdS, TensorS const& tSrP,
-                                            ScoreMod const& mod, float const* sLse,
-                                            int row0_shifted, int col0, int thread) {
-    auto gradients     = make_tensor(tSrdS.data(), rows_columns(tSrdS.layout()));
-    auto p             = make_tensor(tSrP.data(), rows_columns(tSrP.layout()));
-    auto where         = coordinates(thread);
-    float const inside = 1.f / mod.softcap;
-    CUTE_UNROLL
-    for (int c = 0; c < size<1>(gradients); ++c) {
-      float const lse = sLse[get<1>(where(0, c))];
-      CUTE_UNROLL
-      for (int r = 0; r < size<0>(gradients); ++r) {
-        float const distance =
-            fabsf(float(row0_shifted + int(get<1>(where(r, c))) - col0 - int(get<0>(where(r, c)))));
-        float const capped  = (log2_approx(fabsf(p(r, c))) + lse) * kLn2 + mod.slope * distance;
-        float const tangent = capped * inside;
-        gradients(r, c)     = p(r, c) == 0.f ? 0.f : gradients(r, c) * (1.f - tangent * tangent);
+  // Through tanh: times 1 - tanh^2.  The score s after tanh and ALiBi comes back from P = exp2(s scale_log2 - LSE), where P is not 0.
+  // offset: of query i from key j in positions, where both are the tile's first.
+  CUTE_DEVICE static auto softcap_gradient(Problem const& problem, ScoreMod const& mod,
+                                           float const* sLse, int offset, int thread) {
+    auto where        = coordinates(thread);
+    auto where0       = coordinates(0);  // known at compile time
+    float const slope = mod.slope, inverse = kLn2 * problem.unit.per_unit,
+                base = float(offset + int(get<1>(where(0, 0))) - int(get<0>(where(0, 0))));
+    return [=](int r, int c, float gradient, float weight) {
+      // Finite where P, and so the gradient, is 0: hidden keys, and queries without keys, whose LSE is +inf.
+      constexpr float kLeastLog2 = -150.f, kLargest = 1e18f;
+      float const lse = fminf(sLse[get<1>(where(0, c))] * inverse, kLargest);
+      float capped    = fmaf(fmaxf(log2_approx(weight), kLeastLog2), inverse, lse);
+      if constexpr (kLevel == Level::kAll) {
+        if (problem.softcap == 0.f) { return gradient; }
+        capped +=
+            slope * fabsf(base + float(int(get<1>(where0(r, c))) - int(get<0>(where0(r, c)))));
       }
-    }
+      return gradient * fmaf(-capped, capped, 1.f);
+    };
   }
 };
 

@@ -16,7 +16,7 @@
 namespace flash::sm80 {
 using namespace cute;
 
-// kGeneral: the kernels with windows, ALiBi, softcap and dropout.
+// kGeneral: with the general tile (bwd_is_general).
 template <int kHeadDim_, class Element_, bool kSmallSmem = false, bool kGeneral = false>
 struct BwdTraits {
   using Element = Element_;

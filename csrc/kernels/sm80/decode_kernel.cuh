@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     if (work.parts.count == 0) { return; }
     auto tOrO = partition_fragment_C(mma, Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
     clear(tOrO);
-    Softmax<2> softmax(scale_log2_of(params.problem));
+    Softmax<2> softmax(params.problem.unit.scale_log2);
     DecodeMainloop<Traits>::run(params, work.task, reinterpret_cast<Element*>(smem_bytes), rows,
                                 group, thread, tOrO, softmax);
     DecodeEpilogue<Traits> const epilogue(params, work.task, softmax.scale_log2, smem_bytes);

@@ -3,8 +3,8 @@
 // Used by decode_kernel.  Knows nothing of splits.  Narrow tiles: every warp is a group that goes through key tiles of its own
 // without waiting for the others; wide tiles: the thread block is one group.
 #include "pieces/dependent.cuh"
-#include "pieces/features.cuh"
 #include "pieces/fragment.cuh"
+#include "pieces/read_now.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
 #include "sm80/decode_traits.cuh"
@@ -196,12 +196,10 @@ struct DecodeMainloop {
   template <class TensorS>
   CUTE_DEVICE static void modify(Problem const& problem, Row const* rows, int row0, int thread,
                                  TensorS& scores) {
-    if (!has_score_mod(problem)) { return; }
     bool const capped = problem.softcap > 0.f;
-    float const inner = capped ? problem.scale / problem.softcap : problem.scale;
+    if (!capped && !problem.alibi_slopes) { return; }
     for_scores(rows, row0, thread, scores, [&](Row const& row, float& score, int key) {
-      score *= inner;
-      if (capped) { score = problem.softcap * tanh_approx(score); }
+      if (capped) { score = tanh_approx(score * problem.unit.inner); }
       score -= row.slope * fabsf(row.position - float(key));
     });
   }

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   auto tOrO = partition_fragment_C(mma, Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
   clear(tOrO);
   constexpr int kRows = 2 * decltype(size<1>(tOrO))::value;
-  Softmax<kRows> softmax(kLevel == Level::kPlain ? problem.scale * kLog2E : scale_log2_of(problem));
+  Softmax<kRows> softmax(problem.unit.scale_log2);
   {
     TileCoord const tile = order.coord(blockIdx.x);
     Site const site = problem.cu_seqlens_q ? find_site<false>(problem, tile.block, Traits::kBlockM)
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         params.q.row_stride,
         params.k.row_stride,
         params.v.row_stride,
-        &saved};
+        &saved,
+        problem.keep_below};
     if (blocks.first < blocks.end) {
       FwdMainloop<Traits, kMask, kLevel>::run(operands, see, blocks, site.block, problem.head_dim,
                                               smem, tOrO, softmax);
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     for (int c = 0; c < size<1>(o_rows); ++c) {
       // Chosen, not multiplied: 0 * NaN of a hidden V must not reach a row that sees nothing.
       o_rows(r, c) = softmax.row_sum[r] == 0.f ? 0.f : o_rows(r, c) * softmax.row_sum[r];
-      if constexpr (kLevel == Level::kDropout) { o_rows(r, c) *= problem.keep_scale; }
+      if constexpr (may_have(kLevel, Level::kDropout)) { o_rows(r, c) *= problem.keep_scale; }
     }
   }
   // No barrier before: a warp's rows of O overwrite the rows of Q that only it reads.

@@ -25,15 +25,15 @@ struct FwdMainloop {
   using TileKV  = typename Traits::TileKV;
   using Copy    = TileCopy<Element, Traits::kBlockN, Traits::kHeadDim, Traits::kThreads>;
   using CopyQ   = TileCopy<Element, Traits::kBlockM, Traits::kHeadDim, Traits::kThreads>;
-  static constexpr int kStages = Traits::kStages;
-  static_assert(kLevel != Level::kPlain || !Visibility<kMask>::kHasLeft,
-                "windows belong to the general kernels");
+  static constexpr int kStages   = Traits::kStages;
+  static constexpr bool kHasLeft = Visibility<kMask>::kHasLeft;
 
   // One head's matrices in global memory.
   struct Operands {
     Element const *q, *k, *v;
     int64_t q_row_stride, k_row_stride, v_row_stride;
     SavedTile const* saved;  // in shared memory; read where kLevel needs it
+    uint32_t keep_below;
   };
 
   // tOrO (MMA, MMA_M, MMA_N) must be zero on entry.  blocks must not be empty.
@@ -47,14 +47,15 @@ struct FwdMainloop {
     auto sQ               = TileQ::tensor(smem);
 
     // Loads, right to left.  The first K and V may be ragged.
-    int64_t const last_row = int64_t(blocks.end - 1) * Traits::kBlockN;
+    int n_block            = blocks.end - 1;
+    int64_t const last_row = int64_t(n_block) * Traits::kBlockN;
     int const rows_left    = see.seqlen_k - int(last_row);
     Copy copy_k(in.k + last_row * in.k_row_stride, in.k_row_stride, head_dim, thread);
     Copy copy_v(in.v + last_row * in.v_row_stride, in.v_row_stride, head_dim, thread);
     // Without windows known: costs no register.  With them kept where there is a register for it.
     constexpr bool kKeep = Traits::kHeadDim <= 96;
     auto const first     = [&] {
-      if (!Visibility<kMask>::kHasLeft) { return 0; }
+      if (!kHasLeft) { return 0; }
       return kKeep ? blocks.first : read_now(in.saved->blocks.first);
     };
     auto load_next_k = [&](int n_block, int stage, int lane) {
@@ -94,27 +95,35 @@ struct FwdMainloop {
       cp_async_wait<0>();
       __syncthreads();  // PROTECTS: the loads started in the last softmax have arrived; no warp reads the stages refilled next.
     };
-    auto softmax_phase = [&](auto masked, int n_block) {
+    // P of k-step k.
+    auto finish_step = [&](int k, int lane) {
+      if constexpr (may_have(kLevel, Level::kDropout)) {
+        if (decided<kLevel>(Level::kDropout, in.saved->features.drops)) {
+          drop(tSrS, kKeep ? in.saved->features.dropout : read_now(in.saved->features.dropout),
+               in.keep_below, read_now(in.saved->site.block) * Traits::kBlockM,
+               n_block * Traits::kBlockN, k, lane);
+        }
+      }
+      round_step(tSrP, tSrS, k);
+    };
+    auto softmax_phase = [&](auto masked) {
       // Shared memory addresses that depend on the thread are worth fewer registers than they would take across steps.
       int const lane = opaque(thread);
       load_next_k(n_block - 2, stage, lane);
       load_next_v(n_block - 1, stage ^ 1, lane);
       cp_async_commit();
       auto const first_row = [&] {
-        return kLevel == Level::kPlain || kKeep ? opaque(row0)
-                                                : read_now(in.saved->site.block) * Traits::kBlockM;
+        return !kHasLeft || kKeep ? opaque(row0) : read_now(in.saved->site.block) * Traits::kBlockM;
       };
-      auto const see_now = [&] {
-        return kLevel == Level::kPlain ? see : in.saved->template see<kMask>();
-      };
-      if constexpr (kLevel != Level::kPlain) {
+      auto const see_now = [&] { return kHasLeft ? in.saved->template see<kMask>() : see; };
+      if constexpr (changes_scores(kLevel)) {
         ScoreMod const mod = in.saved->features.score_mod;
-        mod.template apply<false, typename Traits::TiledMma, TileS>(
+        mod.template apply<kLevel, false, typename Traits::TiledMma, TileS>(
             tSrS, in.saved->site.block * Traits::kBlockM, n_block * Traits::kBlockN,
             see_now().shift(), lane);
       }
-      // In the general kernels, where it is decided at run time, a loop of at most one round: a branch would become predicated
-      // instructions, issued in every step.
+      // With kAll, where it is decided at run time, a loop of at most one round: a branch would become predicated instructions,
+      // issued in every step.
       for (int round = run_time_flag(masked); round > 0; --round) {
         // The shuffle returns the thread's own index.  Unlike the index it cannot be moved out of the loop, where what follows
         // from it would be kept for the mask and spilled.
@@ -122,15 +131,12 @@ struct FwdMainloop {
                                                              n_block * Traits::kBlockN,
                                                              __shfl_sync(~0u, lane, lane % 32));
       }
-      softmax.update(scores, o_rows);
+      // Scores after tanh may be small enough to be exponentiated as they are.
+      if (!(kBounded && softmax.is_bounded())) { softmax.update(scores, o_rows); }
       CUTE_UNROLL
       for (int k = 0; k < kEarly; ++k) {
         exponentials(softmax, scores, k * kStepColumns, (k + 1) * kStepColumns);
-        if constexpr (kLevel == Level::kDropout) {
-          drop(tSrS, in.saved->features, in.saved->site.block * Traits::kBlockM,
-               n_block * Traits::kBlockN, k, lane);
-        }
-        round_step(tSrP, tSrS, k);
+        finish_step(k, lane);
       }
     };
     auto multiply_values = [&](int lane) {
@@ -139,45 +145,62 @@ struct FwdMainloop {
         if (k * kStepColumns < kColumns) {
           exponentials(softmax, scores, k * kStepColumns + j * kStepColumns / kStepParts,
                        k * kStepColumns + (j + 1) * kStepColumns / kStepParts);
-          if (j == kStepParts - 1) { round_step(tSrP, tSrS, k); }
+          if (j == kStepParts - 1) { finish_step(k, lane); }
         }
       };
       gemm_rs<typename Traits::OperandV>(
           mma, tOrO, tOrP, TileKV::transposed(smem_v + stage * TileKV::kSize), lane, beside);
     };
-    // O += P V of the block before, then S of this one.
+    // O += P V of this block, then S of the next one.
     auto product_phase = [&]() {
       int const lane = opaque(thread), other = stage ^ 1;
       multiply_values(lane);
+      --n_block;
       multiply_scores(tSrS, tSrQ, sQ, smem_k + other * TileKV::kSize, lane);
       end_products();
       stage = other;
     };
+    if (kBounded && softmax.is_bounded()) { softmax.start_bounded(); }
     // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
-    int n_block = blocks.end - 1;
     multiply_scores(tSrS, tSrQ, sQ, smem_k, thread);
     end_products();
-    if constexpr (kLevel == Level::kPlain) {
-      softmax_phase(true_type{}, n_block);
-      if constexpr (Visibility<kMask>::kHasRight) {
-        while (n_block > max_of(blocks.right_begin, first())) {
-          product_phase();
-          softmax_phase(true_type{}, --n_block);
-        }
-      }
-      while (n_block > first()) {
-        product_phase();
-        softmax_phase(false_type{}, --n_block);
-      }
-    } else {
+    if constexpr (kOneBody) {
       while (true) {
-        softmax_phase(in.saved->blocks.needs_mask(n_block), n_block);
+        softmax_phase(in.saved->blocks.needs_mask(n_block));
         multiply_values(opaque(thread));
         if (n_block == first()) { return; }
         stage ^= 1;
+        --n_block;
         multiply_scores(tSrS, tSrQ, sQ, smem_k + stage * TileKV::kSize, opaque(thread));
         end_products();
-        --n_block;
+      }
+    } else {
+      if constexpr (kHasLeft) {  // masked at both ends
+        if constexpr (!kFirstInLoop) { softmax_phase(true_type{}); }
+        while (kFirstInLoop || n_block > first()) {
+          if constexpr (!kFirstInLoop) { product_phase(); }
+          if (read_now(in.saved->blocks).needs_mask(n_block)) {
+            softmax_phase(true_type{});
+          } else {
+            softmax_phase(false_type{});
+          }
+          if constexpr (kFirstInLoop) {
+            if (n_block == first()) { break; }
+            product_phase();
+          }
+        }
+      } else {
+        softmax_phase(true_type{});
+        if constexpr (Visibility<kMask>::kHasRight) {
+          while (n_block > max_of(blocks.right_begin, first())) {
+            product_phase();
+            softmax_phase(true_type{});
+          }
+        }
+        while (n_block > first()) {
+          product_phase();
+          softmax_phase(false_type{});
+        }
       }
     }
     multiply_values(opaque(thread));
@@ -188,9 +211,14 @@ struct FwdMainloop {
   static constexpr int kColumns = Traits::kBlockN / 4;  // score columns per thread
   // A k-step of P V: 16 keys, that is two n8 atoms of S with two columns each per thread; one ldmatrix.x4 per 16 of head_dim.
   static constexpr int kStepColumns = 4, kStepParts = Traits::kHeadDim / 16;
-  static constexpr int kEarly = Traits::kEarly;
-  static_assert(kLevel == Level::kPlain || 16 * kEarly == Traits::kBlockN,
-                "weights are dropped before the product");
+  static constexpr int kEarly = early_steps(Traits::kTile, Traits::kHeadDim, kLevel);
+  // Whether the first block's softmax shares the loop's instructions: with it head dimensions 96 and 128 need fewer registers, 64
+  // and 256 more.
+  static constexpr bool kFirstInLoop = Traits::kHeadDim == 96 || Traits::kHeadDim == 128;
+  // Steps with and without mask share their instructions.
+  static constexpr bool kOneBody = kLevel == Level::kAll;
+  static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&
+                                   std::is_same_v<Element, cutlass::bfloat16_t>;
 
   CUTE_DEVICE static constexpr int run_time_flag(true_type) { return 1; }
   CUTE_DEVICE static constexpr int run_time_flag(false_type) { return 0; }
@@ -218,10 +246,8 @@ struct FwdMainloop {
 
   // Drops weights of k-step k: 16 keys, in 16 x 16 blocks of which this lane holds eight weights.
   template <class TensorS>
-  CUTE_DEVICE static void drop(TensorS& tSrS, TileFeatures const& features, int row0, int col0,
-                               int k, int thread) {
-    DropoutBits const bits    = features.dropout;
-    uint32_t const keep_below = features.keep_below;
+  CUTE_DEVICE static void drop(TensorS& tSrS, DropoutBits const& bits, uint32_t keep_below,
+                               int row0, int col0, int k, int thread) {
     CUTE_UNROLL
     for (int m = 0; m < size<1>(tSrS); ++m) {
       int const row16 = (row0 + m * 16 * Traits::kWarps) / 16 + thread / 32;

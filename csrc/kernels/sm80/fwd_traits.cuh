@@ -9,19 +9,19 @@
 namespace flash::sm80 {
 using namespace cute;
 
-// kGeneral: the kernels with windows, ALiBi, softcap and dropout.
+// kGeneral: with the general tile (fwd_is_general).
 template <int kHeadDim_, class Element_, bool kGeneral = false>
 struct FwdTraits {
   using Element                  = Element_;
   static constexpr FwdTile kTile = kGeneral ? general_fwd_tile(kHeadDim_) : fwd_tile(kHeadDim_);
   static constexpr int kHeadDim = kHeadDim_, kBlockM = kTile.block_m, kBlockN = kTile.block_n;
   static constexpr int kWarps = kTile.warps, kThreads = kWarps * 32, kStages = 2;
-  static constexpr int kMinCtas = kTile.ctas, kEarly = kTile.early;
+  static constexpr int kMinCtas  = kTile.ctas;
   static constexpr bool kQInRegs = kTile.q_in_regs;
   static_assert(kBlockM % (16 * kWarps) == 0,
                 "each warp owns whole 16-row MMA tiles: a row's softmax stays in one warp");
   static_assert(kBlockN % 16 == 0, "P is the A operand of k16 MMAs");
-  static_assert(16 * kEarly <= kBlockN, "early counts the k-steps of one block");
+  static_assert(16 * kTile.early <= kBlockN, "early counts the k-steps of one block");
 
   // Warps only along the rows: S and P never cross a warp.
   using TiledMma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarps>, _1, _1>>,
