@@ -1,4 +1,5 @@
-"""The public functions: names, arguments, defaults and documentation; ``_autograd`` does the work.
+"""The public functions: names, arguments, defaults and documentation; ``_autograd`` does the work,
+or for the usual call of ``flash_attn_func`` the extension does.
 
 ``flash_attn_func`` documents what attention is here; the other functions say only what differs.
 Those for decoding come from ``_decode``.
@@ -6,6 +7,7 @@ Those for decoding come from ``_decode``.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flash_attn import _checks, _compat, _ops
@@ -36,6 +38,10 @@ from flash_attn._decode import (  # noqa: F401
 
 # The compiled extension under the name that other libraries import; None where it is not built.
 flash_attn_gpu = _ops.extension
+
+# From flash_attn_func's arguments to out, or to None for calls that are not the usual one: in C++,
+# for the host's time.
+_attend_common = getattr(_ops.extension, "attend_common", None)
 
 
 def flash_attn_func(
@@ -110,6 +116,23 @@ def flash_attn_func(
         RuntimeError: an argument has a wrong shape, dtype, device or value, or the CUDA extension
             is not built.  In the backward pass: create_graph=True, as its gradients have none.
     """
+    # torch.compile traces what follows instead.
+    if not torch.compiler.is_compiling() and _attend_common is not None:
+        out = _attend_common(
+            q,
+            k,
+            v,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+        if out is not None:
+            return out
     _checks.check_qkv(q, k, v)
     score = _checks.check_options(
         q, q.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes

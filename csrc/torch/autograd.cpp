@@ -1,29 +1,51 @@
-// Attention with gradients for tensors on CUDA: the Python class _autograd.FlashAttn without Python's share of the time.
-#include "torch/autograd.h"
-
+// Attention with gradients for tensors on CUDA: the Python classes of _autograd without Python's share of the time.
+// One node for both layouts, with plain members: torch::autograd::Function keeps a dictionary of boxed values for each call.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "torch/attend.h"
 #include "torch/operators.h"
 
 namespace flash {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// The operators are called by name: fake tensors and dispatch modes see them.
+// The operators are called by name: fake tensors, dispatch modes and profilers see them.
 template <class Function>
 auto find_operator(char const* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
 
-// One argument, in which torch looks for no inputs.
-struct Rest {
-  Options const& options;
-  Lengths const* lengths;  // null for tensors with a batch dimension
-  bool deterministic;
+// Options and Lengths without their tensors.  IValues hold them in place; compiled autograd keeps such numbers out of its cache's keys.
+enum Number : size_t {
+  kScale,
+  kSoftcap,
+  kDropout,
+  kLeft,
+  kRight,
+  kMaxSeqlenQ,
+  kMaxSeqlenK,
+  kCausal,
+  kDeterministic,
+  kNumbers
 };
+using Numbers = std::array<c10::IValue, kNumbers>;
+
+// What is saved, in this order; undefined where there is none.
+enum Slot : size_t { kQ, kK, kV, kOut, kLse, kSlopes, kRngState, kCuSeqlensQ, kCuSeqlensK, kSlots };
+using Tensors = std::array<at::Tensor, kSlots>;
 
 OptionalTensor optional(at::Tensor const& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
@@ -32,75 +54,177 @@ at::Tensor with_contiguous_rows(at::Tensor const& tensor) {
   return tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
-struct FlashAttn : torch::autograd::Function<FlashAttn> {
-  static variable_list forward(AutogradContext* context, at::Tensor const& q, at::Tensor const& k,
-                               at::Tensor const& v, Rest const& rest) {
-    static auto const dense  = find_operator<decltype(fwd)>("flash_attn::fwd");
-    static auto const varlen = find_operator<decltype(varlen_fwd)>("flash_attn::varlen_fwd");
-    at::AutoDispatchBelowADInplaceOrView const below_autograd;
-    Options const& o       = rest.options;
-    Lengths const* lengths = rest.lengths;
-    auto [out, lse] =
-        lengths ? varlen.call(q, k, v, lengths->cu_seqlens_q, lengths->cu_seqlens_k, {}, {}, {},
-                              lengths->max_seqlen_q, lengths->max_seqlen_k, o.softmax_scale,
-                              o.causal, o.window_left, o.window_right, o.softcap, o.alibi_slopes,
-                              o.dropout_p, o.rng_state)
-                : dense.call(q, k, v, o.softmax_scale, o.causal, o.window_left, o.window_right,
-                             o.softcap, o.alibi_slopes, o.dropout_p, o.rng_state);
-    at::Tensor const none;
-    context->save_for_backward({q, k, v, out, lse, o.alibi_slopes.value_or(none),
-                                o.rng_state.value_or(none), lengths ? lengths->cu_seqlens_q : none,
-                                lengths ? lengths->cu_seqlens_k : none});
-    context->set_materialize_grads(false);
-    auto& data            = context->saved_data;
-    data["softmax_scale"] = o.softmax_scale;
-    data["causal"]        = o.causal;
-    data["window_left"]   = o.window_left;
-    data["window_right"]  = o.window_right;
-    data["softcap"]       = o.softcap;
-    data["dropout_p"]     = o.dropout_p;
-    data["deterministic"] = rest.deterministic;
-    if (lengths) {
-      data["max_seqlen_q"] = lengths->max_seqlen_q;
-      data["max_seqlen_k"] = lengths->max_seqlen_k;
-    }
-    return {out, lse};
+std::tuple<at::Tensor, at::Tensor> call_forward(at::Tensor const& q, at::Tensor const& k,
+                                                at::Tensor const& v, Lengths const* lengths,
+                                                Options const& o) {
+  static auto const dense  = find_operator<decltype(fwd)>("flash_attn::fwd");
+  static auto const varlen = find_operator<decltype(varlen_fwd)>("flash_attn::varlen_fwd");
+  at::AutoGradMode const no_grad(false);
+  at::AutoDispatchBelowADInplaceOrView const below_autograd;
+  return lengths ? varlen.call(q, k, v, lengths->cu_seqlens_q, lengths->cu_seqlens_k, {}, {}, {},
+                               lengths->max_seqlen_q, lengths->max_seqlen_k, o.softmax_scale,
+                               o.causal, o.window_left, o.window_right, o.softcap, o.alibi_slopes,
+                               o.dropout_p, o.rng_state)
+                 : dense.call(q, k, v, o.softmax_scale, o.causal, o.window_left, o.window_right,
+                              o.softcap, o.alibi_slopes, o.dropout_p, o.rng_state);
+}
+
+// dq, dk and dv from the gradients of out and softmax_lse, which are undefined where these were not used.
+variable_list call_backward(variable_list const& gradients, Tensors const& saved,
+                            Numbers const& numbers) {
+  static auto const dense  = find_operator<decltype(bwd)>("flash_attn::bwd");
+  static auto const varlen = find_operator<decltype(varlen_bwd)>("flash_attn::varlen_bwd");
+  // Without the fallback that would box the arguments.
+  at::AutoDispatchBelowADInplaceOrView const below_autograd;
+  at::Tensor const &q = saved[kQ], &k = saved[kK], &v = saved[kV], &out = saved[kOut],
+                   &lse = saved[kLse], &cu_seqlens_q = saved[kCuSeqlensQ];
+  OptionalTensor const alibi_slopes = optional(saved[kSlopes]),
+                       rng_state    = optional(saved[kRngState]),
+                       dlse         = optional(gradients[1].defined() ? gradients[1].contiguous()
+                                                                      : gradients[1]);
+
+  auto const real    = [&](Number number) { return numbers[number].toDouble(); };
+  auto const integer = [&](Number number) { return numbers[number].toInt(); };
+  auto const flag    = [&](Number number) { return numbers[number].toBool(); };
+  at::Tensor const dout =
+      gradients[0].defined() ? with_contiguous_rows(gradients[0]) : at::zeros_like(out);
+  auto [dq, dk, dv] =
+      cu_seqlens_q.defined()
+          ? varlen.call(dout, q, k, v, out, lse, dlse, cu_seqlens_q, saved[kCuSeqlensK],
+                        integer(kMaxSeqlenQ), integer(kMaxSeqlenK), real(kScale), flag(kCausal),
+                        integer(kLeft), integer(kRight), real(kSoftcap), alibi_slopes,
+                        real(kDropout), rng_state, flag(kDeterministic))
+          : dense.call(dout, q, k, v, out, lse, dlse, real(kScale), flag(kCausal), integer(kLeft),
+                       integer(kRight), real(kSoftcap), alibi_slopes, real(kDropout), rng_state,
+                       flag(kDeterministic));
+  variable_list results;
+  results.reserve(3);
+  results.push_back(std::move(dq));
+  results.push_back(std::move(dk));
+  results.push_back(std::move(dv));
+  return results;
+}
+
+// The same for compiled autograd, which hands over what FlashAttnBackward::apply_with_saved has packed.
+variable_list call_backward_packed(variable_list const& gradients,
+                                   std::vector<c10::IValue> const& packed) {
+  variable_list const tensors = packed[0].toTensorVector();
+  Tensors saved;
+  std::copy(tensors.begin(), tensors.end(), saved.begin());
+  Numbers numbers;
+  std::copy(packed.begin() + 1, packed.end(), numbers.begin());
+  return call_backward(gradients, saved, numbers);
+}
+
+class FlashAttnBackward : public torch::autograd::Node {
+ public:
+  explicit FlashAttnBackward(Numbers numbers) : numbers_(std::move(numbers)) {}
+
+  std::string name() const override { return "FlashAttnBackward"; }
+
+  void save(Slot slot, at::Tensor const& tensor) {
+    bool const is_output = slot == kOut || slot == kLse;
+    if (tensor.defined()) { saved_[slot] = SavedVariable(tensor, is_output); }
   }
 
-  static variable_list backward(AutogradContext* context, variable_list const& gradients) {
-    static auto const dense  = find_operator<decltype(bwd)>("flash_attn::bwd");
-    static auto const varlen = find_operator<decltype(varlen_bwd)>("flash_attn::varlen_bwd");
+  void release_variables() override {
+    std::lock_guard<std::mutex> const lock(mutex_);
+    for (SavedVariable& saved : saved_) { saved.reset_data(); }
+    is_released_ = true;
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& arguments) const override {
+    arguments.collect(is_released_);
+    for (SavedVariable const& saved : saved_) { arguments.collect(saved, true); }
+    for (c10::IValue const& number : numbers_) { arguments.collect(number); }
+  }
+
+  // Puts a call of call_backward_packed into the graph that is being recorded, as torch::autograd::Function does.
+  variable_list apply_with_saved(variable_list const& gradients,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    namespace compiled = torch::dynamo::autograd;
+    for (SavedVariable& saved : saved_) { swap.before(saved); }
+    for (c10::IValue& number : numbers_) { swap.before(number); }
+    Tensors const tensors = unpack();
+    std::vector<c10::IValue> arguments{variable_list(tensors.begin(), tensors.end())};
+    arguments.insert(arguments.end(), numbers_.begin(), numbers_.end());
+    std::vector<at::TypePtr> schema;
+    for (c10::IValue const& argument : arguments) { schema.push_back(argument.type()); }
+    auto const edges =
+        compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            compiled::get_input_metadata(next_edges()));
+    auto const& compiler   = compiled::getPyCompilerInterface();
+    std::string const call = compiler->bind_function(
+        swap.get_py_compiler(), name(), call_backward_packed, schema, /*is_custom_function=*/true,
+        /*is_traceable=*/false);
+    variable_list results = compiler->call_function(swap.get_py_compiler(), "apply_functional",
+                                                    call, gradients, arguments, edges);
+    for (SavedVariable& saved : saved_) { swap.after(saved); }
+    for (c10::IValue& number : numbers_) { swap.after(number); }
+    return results;
+  }
+
+ protected:
+  variable_list apply(variable_list&& gradients) override {
+    std::lock_guard<std::mutex> const lock(mutex_);
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "flash_attn can be differentiated once, not twice: its gradients have no gradients "
                 "of their own, as create_graph=True demands");
     // First: a checkpoint's hooks run the forward pass again, with gradients.
-    variable_list const saved = context->get_saved_variables();
-    // Without the fallback that would box the arguments.
-    at::AutoDispatchBelowADInplaceOrView const below_autograd;
-    at::Tensor const &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4],
-                     &cu_seqlens_q = saved[7], &cu_seqlens_k = saved[8];
-    OptionalTensor const alibi_slopes = optional(saved[5]), rng_state = optional(saved[6]),
-                         dlse = optional(gradients[1].defined() ? gradients[1].contiguous()
-                                                                : gradients[1]);
-    at::Tensor const dout =
-        gradients[0].defined() ? with_contiguous_rows(gradients[0]) : at::zeros_like(out);
-    auto& data         = context->saved_data;
-    auto const integer = [&](char const* name) { return data.at(name).toInt(); };
-    auto const real    = [&](char const* name) { return data.at(name).toDouble(); };
-    auto const flag    = [&](char const* name) { return data.at(name).toBool(); };
-    auto [dq, dk, dv] =
-        cu_seqlens_q.defined()
-            ? varlen.call(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k,
-                          integer("max_seqlen_q"), integer("max_seqlen_k"), real("softmax_scale"),
-                          flag("causal"), integer("window_left"), integer("window_right"),
-                          real("softcap"), alibi_slopes, real("dropout_p"), rng_state,
-                          flag("deterministic"))
-            : dense.call(dout, q, k, v, out, lse, dlse, real("softmax_scale"), flag("causal"),
-                         integer("window_left"), integer("window_right"), real("softcap"),
-                         alibi_slopes, real("dropout_p"), rng_state, flag("deterministic"));
-    return {dq, dk, dv, at::Tensor()};
+    Tensors const saved = unpack();
+    return call_backward(gradients, saved, numbers_);
   }
+
+ private:
+  Tensors unpack() {
+    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+    std::shared_ptr<Node> const self = getptr();
+    Tensors tensors;
+    for (size_t slot = 0; slot < kSlots; ++slot) { tensors[slot] = saved_[slot].unpack(self); }
+    return tensors;
+  }
+
+  Numbers numbers_;
+  std::array<SavedVariable, kSlots> saved_;
+  bool is_released_ = false;
 };
+
+// out and softmax_lse, with a node that has the edges of q, k and v.  As torch::autograd::Function, not inside functorch's
+// transforms and without forward derivatives.
+std::tuple<at::Tensor, at::Tensor> attend_recorded(at::Tensor const& q, at::Tensor const& k,
+                                                   at::Tensor const& v, Lengths const* lengths,
+                                                   Options const& o, bool deterministic) {
+  if (auto const& functorch = at::functorch::functorchTLSAccessor()) {
+    functorch->checkSupportsCppAutogradFunction();
+  }
+  for (at::Tensor const* input : {&q, &k, &v}) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!input->_fw_grad(/*level=*/0).defined(),
+                                "flash_attn has no forward derivatives");
+  }
+  bool const is_recorded = torch::autograd::compute_requires_grad(q, k, v);
+  std::shared_ptr<FlashAttnBackward> node;
+  if (is_recorded) {
+    int64_t const max_seqlen_q = lengths ? lengths->max_seqlen_q : 0,
+                  max_seqlen_k = lengths ? lengths->max_seqlen_k : 0;
+    Numbers numbers{o.softmax_scale, o.softcap,    o.dropout_p, o.window_left, o.window_right,
+                    max_seqlen_q,    max_seqlen_k, o.causal,    deterministic};
+    node.reset(new FlashAttnBackward(std::move(numbers)), torch::autograd::deleteNode);
+    node->set_next_edges(torch::autograd::collect_next_edges(q, k, v));
+  }
+  auto results           = call_forward(q, k, v, lengths, o);
+  auto const& [out, lse] = results;
+  if (!is_recorded) { return results; }
+  torch::autograd::set_history(out, node);
+  torch::autograd::set_history(lse, node);
+  node->save(kQ, q), node->save(kK, k), node->save(kV, v);
+  node->save(kOut, out), node->save(kLse, lse);
+  if (o.alibi_slopes) { node->save(kSlopes, *o.alibi_slopes); }
+  if (o.rng_state) { node->save(kRngState, *o.rng_state); }
+  if (lengths) {
+    node->save(kCuSeqlensQ, lengths->cu_seqlens_q), node->save(kCuSeqlensK, lengths->cu_seqlens_k);
+  }
+  return results;
+}
 
 }  // namespace
 
@@ -109,10 +233,10 @@ std::tuple<at::Tensor, at::Tensor> attend(at::Tensor const& q, at::Tensor const&
                                           int64_t window_left, int64_t window_right, double softcap,
                                           OptionalTensor const& alibi_slopes, double dropout_p,
                                           OptionalTensor const& rng_state, bool deterministic) {
-  Options const options{softmax_scale, causal,       window_left, window_right,
-                        softcap,       alibi_slopes, dropout_p,   rng_state};
-  variable_list const results = FlashAttn::apply(q, k, v, Rest{options, nullptr, deterministic});
-  return {results[0], results[1]};
+  return attend_recorded(q, k, v, nullptr,
+                         {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes,
+                          dropout_p, rng_state},
+                         deterministic);
 }
 
 std::tuple<at::Tensor, at::Tensor> varlen_attend(
@@ -122,11 +246,11 @@ std::tuple<at::Tensor, at::Tensor> varlen_attend(
     OptionalTensor const& alibi_slopes, double dropout_p, OptionalTensor const& rng_state,
     bool deterministic) {
   OptionalTensor const none;
-  Options const options{softmax_scale, causal,       window_left, window_right,
-                        softcap,       alibi_slopes, dropout_p,   rng_state};
   Lengths const lengths{cu_seqlens_q, cu_seqlens_k, none, none, max_seqlen_q, max_seqlen_k};
-  variable_list const results = FlashAttn::apply(q, k, v, Rest{options, &lengths, deterministic});
-  return {results[0], results[1]};
+  return attend_recorded(q, k, v, &lengths,
+                         {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes,
+                          dropout_p, rng_state},
+                         deterministic);
 }
 
 }  // namespace flash

@@ -1,5 +1,6 @@
 // Operators flash_attn::bwd and flash_attn::varlen_bwd, and their forms that write into given tensors, on CUDA.
 #include <ATen/ATen.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -19,7 +20,8 @@ struct Saved {
 
 // Every element of dq, dk and dv is written.
 void backward(Saved const& saved, Lengths const* lengths, Options const& options,
-              bool deterministic, at::Tensor dq_out, at::Tensor dk_out, at::Tensor dv_out) {
+              bool deterministic, at::Tensor const& dq_out, at::Tensor const& dk_out,
+              at::Tensor const& dv_out) {
   at::Tensor const &q_in = saved.q, &k_in = saved.k, &v_in = saved.v;
   check_qkv(q_in, k_in, v_in, lengths ? 3 : 4);
   check_like(saved.dout, "dout", q_in, q_in.sizes());
@@ -48,9 +50,10 @@ void backward(Saved const& saved, Lengths const* lengths, Options const& options
 
   BwdPlan const plan = plan_bwd(problem);
   // One allocation: dq_accum, rows, then the turns as 32-bit integers.
-  at::Tensor workspace =
-      new_tensor({plan.dq_accum + plan.rows + (deterministic ? plan.turns : 0)}, at::kFloat, lse);
-  float* const base = workspace.data_ptr<float>();
+  int64_t const words = plan.dq_accum + plan.rows + (deterministic ? plan.turns : 0);
+  c10::DataPtr const workspace =
+      c10::cuda::CUDACachingAllocator::get()->allocate(size_t(words) * sizeof(float));
+  float* const base = static_cast<float*>(workspace.get());
   float* const rows = base + plan.dq_accum;
   BwdParams params{};
   params.problem   = problem;

@@ -11,7 +11,8 @@
 #include <vector>
 
 #include "flash.h"
-#include "torch/autograd.h"
+#include "torch/attend.h"
+#include "torch/entry.h"
 #include "torch/operators.h"
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
@@ -201,6 +202,14 @@ PYBIND11_MODULE(flash_attn_2_cuda, m) {
   m.def("varlen_attend", &flash::varlen_attend,
         "Attention with gradients for sequences of their own lengths: (out, softmax_lse).",
         WithoutGil());
+  // Called by flash_attn/flash_attn_interface.py; pybind11 takes longer to convert arguments than attention to one tile takes.
+  static PyMethodDef methods[] = {
+      {"attend_common",
+       reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&flash::attend_common)),
+       METH_FASTCALL,
+       "The usual call of flash_attn_func: out, or None for what it does not serve."},
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) { throw pybind11::error_already_set(); }
   // Arguments have no names, as other libraries pass them: varlen_fwd takes 21 or, with num_splits (ignored), 22.
   namespace py = pybind11;
   m.def("fwd", &fwd, "Forward pass: [out, softmax_lse, S_dmask, rng_state].");

@@ -4,7 +4,6 @@
 #include <ATen/ATen.h>
 
 #include <string>
-#include <vector>
 
 namespace flash {
 
@@ -62,8 +61,8 @@ inline void check_qkv(at::Tensor const& q, at::Tensor const& k, at::Tensor const
   TORCH_CHECK(heads_kv > 0 && heads_q % heads_kv == 0,
               "k: Number of heads in key/value must divide number of heads in query; got ",
               heads_kv, " and ", heads_q);
-  std::vector<int64_t> shape = q.sizes().vec();
-  shape[dims - 3] = k.size(dims - 3), shape[dims - 2] = heads_kv;
+  int64_t const sizes[] = {q.size(0), k.size(dims - 3), heads_kv, head_dim};
+  at::IntArrayRef const shape(sizes + 4 - dims, size_t(dims));
   check_like(k, "k", q, shape);
   check_like(v, "v", q, shape);
 }

@@ -1,37 +1,40 @@
 #pragma once
-// What the launches ask of the current device.
+// What the launches ask of the current device.  Each device is asked once.
 #include <cuda_runtime_api.h>
+
+#include <atomic>
 
 namespace flash {
 
+// Of the current device; otherwise, when it cannot be asked.
+template <cudaDeviceAttr kAttribute>
+int device_attribute(int otherwise) {
+  constexpr int kDevices = 64;              // those above are asked every time
+  static std::atomic<int> known[kDevices];  // value + 1; 0: not asked yet
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) { return otherwise; }
+  bool const is_kept = device < kDevices;
+  int const kept     = is_kept ? known[device].load(std::memory_order_relaxed) : 0;
+  if (kept > 0) { return kept - 1; }
+  if (cudaDeviceGetAttribute(&value, kAttribute, device) != cudaSuccess) { return otherwise; }
+  if (is_kept) { known[device].store(value + 1, std::memory_order_relaxed); }
+  return value;
+}
+
 // Largest shared memory of a thread block on the current device, in bytes; 0 when it cannot be asked.
 inline int smem_limit_bytes() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) { return 0; }
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-      cudaSuccess) {
-    return 0;
-  }
-  return bytes;
+  return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(0);
 }
 
 // Multiprocessors of the current device; 1 when it cannot be asked.
-inline int sm_count() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) { return 1; }
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    return 1;
-  }
-  return count;
+inline int sm_count() { return device_attribute<cudaDevAttrMultiProcessorCount>(1); }
+
+// Whether a kernel can wait for the one before it by itself (griddepcontrol), and thread blocks can be clusters: sm_90.
+inline bool has_dependent_launch() {
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>(0) >= 9;
 }
 
-// Whether a kernel can wait for the one before it by itself (griddepcontrol, sm_90).
-inline bool has_dependent_launch() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
-}
+inline bool has_clusters() { return has_dependent_launch(); }
 
 // Less than sm_90's 227 KB: the small tiles of tile_config.h.
 inline bool has_small_smem() { return smem_limit_bytes() < 227 * 1024; }

@@ -4,7 +4,9 @@
 
 #include <cstdint>
 #include <map>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 namespace flash {
 
@@ -13,7 +15,22 @@ enum class Start { kAfter, kOverlapped };
 
 struct Grid {
   int64_t x;
-  int y = 1;
+  int y       = 1;
+  int cluster = 1;  // thread blocks along y that are a cluster
+};
+
+inline cudaLaunchAttribute cluster_of(Grid const& grid) {
+  cudaLaunchAttribute attribute{};
+  attribute.id               = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = 1, attribute.val.clusterDim.y = unsigned(grid.cluster);
+  attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+// What a kernel may use on a device.
+struct SmemGrant {
+  void const* kernel;
+  int device, bytes;
 };
 
 // Above 48 KB, static shared memory included, a kernel must ask for it.  That takes over a microsecond: each thread asks once.
@@ -21,17 +38,19 @@ template <class Kernel>
 cudaError_t allow_smem(Kernel* kernel, int smem_bytes) {
   constexpr int kStaticBytes = 1024;  // more than any kernel has
   if (smem_bytes + kStaticBytes <= 48 * 1024) { return cudaSuccess; }
-  thread_local std::map<std::pair<int, void const*>, int> allowed;
+  thread_local std::vector<SmemGrant> grants;  // of the kernels of this type that the thread uses
   int device         = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) { return status; }
-  int& bytes = allowed[{device, reinterpret_cast<void const*>(kernel)}];
-  if (smem_bytes > bytes) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-    if (status != cudaSuccess) { return status; }
-    bytes = smem_bytes;
+  auto const address = reinterpret_cast<void const*>(kernel);
+  for (SmemGrant const& grant : grants) {
+    if (grant.kernel == address && grant.device == device && grant.bytes >= smem_bytes) {
+      return cudaSuccess;
+    }
   }
-  return cudaSuccess;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+  if (status == cudaSuccess) { grants.push_back({address, device, smem_bytes}); }
+  return status;
 }
 
 template <class... Params>
@@ -46,19 +65,41 @@ cudaError_t launch_tiles(Start start, void (*kernel)(Params...), Grid grid, int 
     kernel<<<blocks, threads, smem_bytes, stream>>>(params...);
     return cudaGetLastError();
   }
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1]                                            = cluster_of(grid);
   cudaLaunchConfig_t config{};
   config.gridDim = blocks, config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = size_t(smem_bytes), config.stream = stream;
-  config.attrs = &overlap, config.numAttrs = 1;
+  config.attrs = attributes, config.numAttrs = grid.cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 template <class... Params>
 cudaError_t launch_tiles(void (*kernel)(Params...), int64_t tiles, int threads, int smem_bytes,
                          cudaStream_t stream, Params const&... params) {
   return launch_tiles(Start::kAfter, kernel, Grid{tiles}, threads, smem_bytes, stream, params...);
+}
+
+// Clusters of the grid's size that can run at once, 0 where they cannot be asked for.  Each thread asks once.
+template <class Kernel>
+int clusters_at_once(Kernel* kernel, Grid grid, int threads, int smem_bytes) {
+  thread_local std::map<std::tuple<int, int, void const*>, int> known;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) { return 0; }
+  auto const [place, is_new] =
+      known.insert({{device, grid.cluster, reinterpret_cast<void const*>(kernel)}, 0});
+  if (!is_new || allow_smem(kernel, smem_bytes) != cudaSuccess) { return place->second; }
+  cudaLaunchAttribute attribute = cluster_of(grid);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1, unsigned(grid.cluster)), config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(smem_bytes);
+  config.attrs = &attribute, config.numAttrs = 1;
+  if (cudaOccupancyMaxActiveClusters(&place->second, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();  // that there are none is not the launch's error
+    place->second = 0;
+  }
+  return place->second;
 }
 
 }  // namespace flash
