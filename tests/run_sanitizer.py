@@ -7,7 +7,8 @@
 Cases: forward and backward (default and deterministic) of every built head dimension and dtype, causal
 and full, ragged lengths with more queries than keys and the reverse, grouped heads; then windows,
 softcap, ALiBi and dropout with S_dmask, sequences of different lengths, pages, and decoding: few and
-many queries, caches with and without pages, appending with rotary, splits and merged parts.
+many queries, caches with and without pages, appending with rotary, splits and merged parts, one
+sequence alone.
 """
 
 from __future__ import annotations
@@ -194,6 +195,15 @@ def decode_case(head_dim: int, dtype: torch.dtype, seqlen_q: int, heads: int, pa
     )
 
 
+def single_case(head_dim: int, dtype: torch.dtype) -> None:
+    """flash_attn_with_kvcache with one sequence: its thread blocks merge in clusters, if there are any."""
+    caches = [torch.randn(1, 3400, 1, head_dim).to(dtype).cuda() for _ in range(2)]
+    q = torch.randn(1, 1, 8, head_dim).to(dtype).cuda()
+    for length in (0, 100, 1000, 3400):
+        seqlens = torch.tensor([length], dtype=torch.int32).cuda()
+        flash_attn_with_kvcache(q, *caches, cache_seqlens=seqlens, causal=True)
+
+
 def run(only: int | None) -> None:
     """Every case once in this process."""
     import flash_attn_2_cuda
@@ -214,6 +224,10 @@ def run(only: int | None) -> None:
             torch.cuda.synchronize()
             count += 1
             print(f"{dtype} d{head_dim} varlen {options}", flush=True)
+        single_case(head_dim, names[dtype])
+        torch.cuda.synchronize()
+        count += 1
+        print(f"{dtype} d{head_dim} decode one sequence", flush=True)
         for (seqlen_q, heads), paged in itertools.product(((1, 8), (3, 1), (70, 2)), (False, True)):
             decode_case(head_dim, names[dtype], seqlen_q, heads, paged)
             torch.cuda.synchronize()

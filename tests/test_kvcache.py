@@ -435,6 +435,88 @@ def test_entries_may_be_anywhere_K6(device: str, case: DecodeCase) -> None:
     assert_bitwise("k_cache", x.k_cache[index], ordered.k_cache, case)
 
 
+# Few sequences: on GPUs that have clusters, the thread blocks that share a single one merge in these.
+
+FEW_LENGTHS = (0, 1, 127, 128, 129, 1000, 8192)
+
+
+def few_sequences() -> Iterator[DecodeCase]:
+    """One and two, every group that makes narrow tiles; caches that are full and far from it."""
+    dims, rooms = cycle((128, 64, 128, 256, 32, 96, 192)), cycle((0, 7, 9000))
+    heads = {1: cycle(((1, 1), (8, 8), (40, 40))), 4: cycle(((32, 8), (4, 1), (12, 3)))}
+    heads[16] = cycle(((16, 1), (32, 2), (96, 6)))
+    for n, (batch, length, group) in enumerate(product((1, 2), FEW_LENGTHS, heads)):
+        lengths = (length,) if batch == 1 else (length, FEW_LENGTHS[n % len(FEW_LENGTHS)])
+        seqlen_q = 1 if group == 16 else 1 + n % 3
+        shape = (next(heads[group]), next(dims), CAUSAL if n % 2 else FULL)
+        yield DecodeCase(lengths, seqlen_q, *shape, room=next(rooms))
+    some = DecodeCase((8192,), 1, (16, 1), 128, CAUSAL)
+    yield some.but(window=(500, 0)), some.but(window=(129, 3), mask=FULL, seqlen_q=2, heads=(8, 1))
+    yield some.but(window=(3000, -1), mask=FULL, room=5000), some.but(window=(0, 0), mask=FULL)
+    yield (
+        some.but(leftpad=(8192,)),
+        some.but(leftpad=(7000,)),
+        some.but(leftpad=(131,), dtype="fp16"),
+    )
+    yield some.but(page_size=16, room=3000), some.but(page_size=256, lengths=(999,), heads=(32, 8))
+    yield some.but(softcap=5.0, heads=(32, 8), lengths=(3000,)), some.but(alibi=Alibi.per_head)
+    yield some.but(append=1, rotary="halves"), some.but(append=1, lengths=(0,), room=4000)
+    yield some.but(append=3, seqlen_q=3, heads=(12, 3), lengths=(127,), page_size=64, room=2000)
+    yield some.but(seqlen_q=(3,), heads=(4, 1), lengths=(2000,), unused=5, append=1)
+    yield some.but(seqlen_q=(0,), heads=(4, 1), lengths=(2000,), unused=5)
+    yield some.but(seqlen_q=20, heads=(4, 1), lengths=(2000,))  # wide tiles
+    yield some.but(entries="permuted", lengths=(5000,), head_dim=40)
+
+
+FEW = flattened(few_sequences())
+
+
+@pytest.mark.cuda
+@on_devices(cuda=FEW)
+def test_few_sequences_match_oracle_and_repeat(device: str, case: DecodeCase) -> None:
+    """Against the oracle, against one split, and bitwise in calls that follow each other closely."""
+    x = make_decode_inputs(case, device)
+    first = check_decode(case, x.fresh())
+    one = run_decode(x.fresh(), num_splits=1)
+    assert_nearly("out", first.out, one.out, case, eps=2 * torch.finfo(one.out.dtype).eps)
+    assert_nearly("lse", first.lse, one.lse, case, eps=1e-6)
+    if case.append is not None:
+        return
+    again = [run_decode(x) for _ in range(20)]
+    for ours in again:
+        assert_bitwise("out", ours.out, first.out, case)
+        assert_bitwise("lse", ours.lse, first.lse, case)
+
+
+@pytest.mark.cuda
+@on_devices(
+    cuda=[
+        DecodeCase((8192,), 1, heads, dim, CAUSAL, room=0, page_size=page_size)
+        for heads, dim, page_size in (((16, 1), 128, 0), ((32, 8), 128, 16), ((40, 40), 64, 0))
+    ]
+)
+def test_one_graph_serves_every_length_of_a_sequence(device: str, case: DecodeCase) -> None:
+    """Also none, and in turns: what one replay leaves behind is no other's."""
+    x = make_decode_inputs(case, device)
+    y = x.but(cache_seqlens=x.options["cache_seqlens"].clone())
+    run_decode(y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flash_attn_with_kvcache(
+            *(y.q, y.k_cache, y.v_cache), return_softmax_lse=True, **y.options
+        )
+    for length in (*FEW_LENGTHS, *reversed(FEW_LENGTHS), 2500, 5121):
+        for z in (x, y):
+            z.options["cache_seqlens"].fill_(length)
+        graph.replay()
+        want, one = run_decode(x), run_decode(x, num_splits=1)
+        message = f"{case}, {length} tokens"
+        assert_bitwise("out", out, want.out, message)
+        assert_bitwise("lse", lse, want.lse, message)
+        assert_nearly("out", out, one.out, message, eps=2 * torch.finfo(out.dtype).eps)
+        assert_nearly("lse", lse, one.lse, message, eps=1e-6)
+
+
 # Appending beyond the capacity.
 
 FULL_CACHES = [
@@ -563,7 +645,11 @@ def test_compiled_steps_with_a_number_as_length(device: str, case: DecodeCase) -
         assert_bitwise("k_cache", y.k_cache, x.k_cache, case)
 
 
-GRAPHED = [*COMPILED, *INVARIANT]
+GRAPHED = [
+    *(*COMPILED, *INVARIANT),
+    DecodeCase((1000,), 1, (16, 1), 128, CAUSAL, room=7000),
+    DecodeCase((121,), 1, (32, 8), 128, CAUSAL, append=1, room=900),
+]
 
 
 @pytest.mark.cuda

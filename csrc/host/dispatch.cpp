@@ -69,6 +69,13 @@ Status launch(Entry<Params> const* entries, Params const& params, cudaStream_t s
                  name_of(problem.dtype));
 }
 
+// A guess must not lead to memory that is not the cache's: what it comes from are lengths alone, and these end at the capacity.
+bool can_look_ahead(Problem const& problem, KvCache const& cache) {
+  constexpr bool kLooksAhead = true;
+  return kLooksAhead && problem.batch == 1 && !problem.cu_seqlens_q && !problem.cu_seqlens_k &&
+         !cache.block_table && !cache.entries && cache.seqlen_new == 0;
+}
+
 }  // namespace
 
 Status launch_fwd(FwdParams const& params, cudaStream_t stream) {
@@ -120,7 +127,17 @@ DecodePlan plan_decode(Problem const& problem, KvCache const& cache, int num_spl
     plan.grid    = problem.heads_kv;
     plan.workers = int(
         std::min<int64_t>(min_of(kMostParts, max_of(1, blocks / problem.heads_kv)), most_tiles));
-    slots = 2 * plan.grid * plan.workers;
+    // Not as a choice of each thread block, for equal lengths: those without work take a microsecond from the others.
+    if (narrow && problem.batch > 1 && keeps_whole(problem.batch, plan.workers)) {
+      plan.workers = problem.batch;
+    }
+    if (narrow && problem.batch == 1 && has_clusters()) {
+      plan.cluster_bits  = cluster_bits_for(plan.workers);
+      int const clusters = min_of(plan.workers >> plan.cluster_bits, kMergedParts);
+      if (plan.cluster_bits > 0) { plan.workers = clusters << plan.cluster_bits; }
+    }
+    slots            = 2 * plan.grid * plan.workers;
+    plan.looks_ahead = narrow && can_look_ahead(problem, cache);
   }
   plan.partial_o    = slots * tile.block_m() * built_head_dim(problem.head_dim);
   plan.partial_rows = 2 * slots * tile.block_m();

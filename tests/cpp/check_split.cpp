@@ -1,5 +1,5 @@
-// Check of pieces/split.cuh: shares of a line of key tiles, the parts into which they cut query tiles, the slots of partial results, and
-// the levels on which these are merged.
+// Check of pieces/split.cuh: the parts into which shares of a line of key tiles cut query tiles, the slots of partial results, and the
+// levels and clusters in which these are merged.
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
@@ -16,46 +16,6 @@ std::mt19937 numbers(1);
 int below(int limit) { return int(numbers() % unsigned(limit)); }
 
 long cut_tiles = 0, most_parts = 0;
-
-void check_shares(int total, int workers) {
-  Shares const shares = Shares::of(total, workers);
-#define CASE "%d tiles, %d workers"
-#define ARGS total, workers
-  expect(shares.workers == min_of(workers, total), CASE ": %d have a share", ARGS, shares.workers);
-  int next = 0;
-  for (int w = 0; w < shares.workers; ++w) {
-    int const begin = shares.begin(w), end = shares.end(w), length = total / shares.workers;
-    expect(begin == next, CASE ": share %d begins at %d, not %d", ARGS, w, begin, next);
-    expect(end > begin && end - begin >= length && end - begin <= length + 1,
-           CASE ": share %d has %d tiles", ARGS, w, end - begin);
-    for (int tile = begin; tile < end; ++tile)
-      expect(shares.owner(tile) == w, CASE ": tile %d is of %d, not %d", ARGS, tile,
-             shares.owner(tile), w);
-    next = end;
-  }
-  expect(next == total, CASE ": shares end at %d", ARGS, next);
-#undef CASE
-#undef ARGS
-}
-
-// Lines so long that products of their sizes come near the largest int.
-void check_long_shares(int total, int workers) {
-  Shares const shares  = Shares::of(total, workers);
-  int64_t const length = total / workers, longer = total % workers;
-  for (int w : {0, 1, workers / 3, workers / 2, workers - 2, workers - 1}) {
-    if (w < 0 || w >= workers) continue;
-    int64_t const begin = w * length + std::min<int64_t>(w, longer);
-    int64_t const end   = begin + length + (w < longer);
-    expect(shares.begin(w) == begin && shares.end(w) == end, "%d tiles: share %d is [%d, %d)",
-           total, w, shares.begin(w), shares.end(w));
-    for (int64_t tile : {begin, (begin + end) / 2, end - 1})
-      expect(shares.owner(int(tile)) == w, "%d tiles, %d workers: tile %lld is of %d, not %d",
-             total, workers, (long long)tile, shares.owner(int(tile)), w);
-    Parts const parts = parts_in_line(shares, w, 0, total, 1, 0);
-    expect(parts.count == workers && parts.index == w, "%d tiles: part %d of %d, not %d of %d",
-           total, parts.index, parts.count, w, workers);
-  }
-}
 
 // What a slot holds: parts [begin, end) of a query tile of a head.
 struct Held {
@@ -245,6 +205,68 @@ void check_count(int count) {
   check_line({count * length}, count, 2, (count + 1) % 3);
 }
 
+// A single query tile whose workers merge in clusters: each thread block of a cluster merges rows of its own, and the clusters' results
+// of these rows meet at a counter of theirs.
+void check_clusters(int tiles, int workers, int bits, int heads, int order) {
+#define CASE "%d tiles, %d workers in clusters of %d"
+#define ARGS tiles, workers, 1 << bits
+  int const used = workers_in_clusters(tiles, workers, bits), blocks = 1 << bits;
+  expect(used >= blocks && used <= workers && used % blocks == 0, CASE ": %d used", ARGS, used);
+  int const count     = used >> bits;
+  Shares const shares = Shares::of_all(tiles, used);
+  expect(shares.workers == used && shares.end(used - 1) == tiles, CASE ": %d visited", ARGS,
+         shares.end(used - 1));
+  int longest = 0;
+  for (int w = 0; w < used; ++w) {
+    int const begin = shares.begin(w), end = shares.end(w);
+    expect(begin == (w == 0 ? 0 : shares.end(w - 1)) && end >= begin, CASE ": share %d is [%d, %d)",
+           ARGS, w, begin, end);
+    longest = std::max(longest, end - begin);
+  }
+  expect(longest == (tiles + used - 1) / used, CASE ": a share has %d", ARGS, longest);
+  for (int i = 0; i < count; ++i)
+    expect(shares.end((i + 1) * blocks - 1) > shares.begin(i * blocks),
+           CASE ": none for cluster %d", ARGS, i);
+  // Rows of different thread blocks are merged apart: as query tiles that share slots, but not counters.
+  int64_t const slots = 2 * int64_t(workers) * heads;
+  std::vector<Work> works;
+  std::vector<char> counters(slots);
+  for (int head = 0; head < heads; ++head) {
+    for (int i = 0; i < count; ++i)
+      works.push_back({head, parts_of_clusters(count, i, heads, head)});
+    for (int rank = 0; count > 1 && rank < blocks; ++rank) {
+      int64_t const slot = works.back().parts.slot(rank);
+      expect(slot >= 0 && slot < slots && !counters[slot], CASE ": counter %lld", ARGS,
+             (long long)slot);
+      if (slot >= 0 && slot < slots) counters[slot] = 1;
+    }
+  }
+  check_parts(works, heads, slots);
+  check_merges(works, heads, slots, order);
+#undef CASE
+#undef ARGS
+}
+
+void check_all_clusters() {
+  for (int blocks = 1; blocks <= 300; ++blocks) {
+    int const bits = cluster_bits_for(blocks), clusters = min_of(blocks >> bits, kMergedParts);
+    expect(bits >= 0 && bits <= 3 && (blocks >> bits) > 0, "%d blocks: clusters of %d", blocks,
+           1 << bits);
+    expect(8 * (blocks & ((1 << bits) - 1)) <= blocks, "%d blocks: clusters of %d lose too many",
+           blocks, 1 << bits);
+    if (bits == 0) continue;
+    for (int tiles = 1; tiles <= 400; ++tiles)
+      check_clusters(tiles, clusters << bits, bits, 1 + tiles % 3, tiles % 3);
+  }
+  for (int bits = 1; bits <= 3; ++bits)  // a launch may have fewer clusters than planned
+    for (int clusters = 1; clusters <= kMergedParts; ++clusters)
+      for (int tiles : {1, 7, 8, 9, 64, 1000, 8192, 1 << 20, 1 << 26})
+        check_clusters(tiles, clusters << bits, bits, 2, tiles % 3);
+  expect(workers_in_clusters(8, 128, 3) == 8, "a tile for each of a cluster");
+  expect(workers_in_clusters(64, 128, 3) == 64, "a tile for each of eight clusters");
+  expect(workers_in_clusters(1024, 128, 3) == 128, "a long line needs all");
+}
+
 // Query tiles in up to `splits` parts each.
 void check_splits(int items, int splits, int order) {
   std::vector<Work> works;
@@ -257,14 +279,6 @@ void check_splits(int items, int splits, int order) {
 }
 
 int main() {
-  for (int total = 0; total <= 100; ++total)
-    for (int workers = 1; workers <= 110; ++workers) check_shares(total, workers);
-  for (int total : {1000, 4095, 4096, 4097, 12345})
-    for (int workers : {1, 2, 16, 66, 132, 528, kMostParts}) check_shares(total, workers);
-  for (int total : {INT32_MAX, INT32_MAX - 1, 1 << 30, (1 << 30) + 1})
-    for (int workers : {1, 2, 3, 132, 1000, kMostParts - 1, kMostParts})
-      check_long_shares(total, workers);
-
   check_all_lines(1, 40);
   check_all_lines(2, 12);
   check_all_lines(4, 4);
@@ -277,18 +291,9 @@ int main() {
   for (int items = 1; items <= 12; ++items)
     for (int splits = 1; splits <= 128; ++splits) check_splits(items, splits, splits % 3);
   for (int splits : {255, 256, 257, 1000, kMostParts - 1, kMostParts}) check_splits(3, splits, 2);
+  check_all_clusters();
   Parts const far = parts_of_item(int64_t(1) << 31, 128, 100, 7);
   expect(far.slot(7) == (int64_t(128) << 31) + 7, "slots beyond 2^32");
-
-  for (int tiles = 0; tiles <= 1500; ++tiles)
-    for (int workers = 1; workers <= 300; ++workers) {
-      int const some = workers_for_one(tiles, workers);
-      expect(some == workers || (some == kMergedParts && some < workers),
-             "%d tiles: %d of %d workers", tiles, some, workers);
-    }
-  expect(workers_for_one(INT32_MAX - kMostParts, kMostParts) == kMostParts,
-         "a long line needs all");
-  expect(workers_for_one(kMergedParts, kMostParts) == kMergedParts, "a short line is merged once");
 
   std::printf("%ld query tiles cut, into up to %ld parts\n", cut_tiles, most_parts);
   expect(most_parts == kMostParts, "no tile in %d parts", kMostParts);

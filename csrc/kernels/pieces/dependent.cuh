@@ -12,6 +12,15 @@ CUTE_DEVICE void wait_for_previous_kernel() {
 #endif
 }
 
+// Whether code before the wait runs while the kernels before do.
+CUTE_DEVICE constexpr bool starts_early() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+
 // The next kernel may take its place beside this one if it waits by itself.
 CUTE_DEVICE void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -52,25 +52,37 @@ FLASH_HD KeyRange key_range(CacheSequence const& sequence, Problem const& proble
 }
 
 #ifdef __CUDACC__
+// kEarly: while a kernel before may still write them.  Such lengths are a guess, and none of them stays in L1.
+enum class Lengths { kFinal, kEarly };
+
+__device__ __forceinline__ int read_length(int const* place, Lengths lengths) {
+  if (lengths == Lengths::kFinal) { return __ldg(place); }
+  int value;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(place));
+  return value;
+}
+
 // Rows before anything is added.
-__device__ __forceinline__ int cached_rows(Problem const& problem, KvCache const& cache,
-                                           int batch) {
-  if (problem.seqused_k) { return __ldg(problem.seqused_k + batch); }
+__device__ __forceinline__ int cached_rows(Problem const& problem, KvCache const& cache, int batch,
+                                           Lengths lengths = Lengths::kFinal) {
+  if (problem.seqused_k) { return read_length(problem.seqused_k + batch, lengths); }
   int const* const cu = problem.cu_seqlens_k;
-  return cu ? __ldg(cu + batch + 1) - __ldg(cu + batch) : cache.seqlen;
+  return cu ? read_length(cu + batch + 1, lengths) - read_length(cu + batch, lengths)
+            : cache.seqlen;
 }
 
 __device__ __forceinline__ CacheSequence cache_sequence(Problem const& problem,
-                                                        KvCache const& cache, int batch) {
+                                                        KvCache const& cache, int batch,
+                                                        Lengths lengths = Lengths::kFinal) {
   CacheSequence sequence{0, problem.seqlen_q, 0, 0};
   if (int const* const cu = problem.cu_seqlens_q) {
-    sequence.q_row0   = __ldg(cu + batch);
-    sequence.seqlen_q = __ldg(cu + batch + 1) - sequence.q_row0;
+    sequence.q_row0   = read_length(cu + batch, lengths);
+    sequence.seqlen_q = read_length(cu + batch + 1, lengths) - sequence.q_row0;
   }
   int const added   = cache.seqlen_new == kAsQueries ? sequence.seqlen_q : cache.seqlen_new;
-  int const rows    = clamped(cached_rows(problem, cache, batch), cache.capacity) + added;
+  int const rows    = clamped(cached_rows(problem, cache, batch, lengths), cache.capacity) + added;
   int const kept    = clamped(rows, cache.capacity);
-  int const leftpad = problem.leftpad_k ? __ldg(problem.leftpad_k + batch) : 0;
+  int const leftpad = problem.leftpad_k ? read_length(problem.leftpad_k + batch, lengths) : 0;
   sequence.pad      = clamped(leftpad, kept);
   sequence.seqlen_k = kept - sequence.pad;
   return sequence;

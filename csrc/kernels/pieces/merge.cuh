@@ -13,7 +13,7 @@
 namespace flash {
 using namespace cute;
 
-struct RowState {
+struct alignas(8) RowState {
   float ref, sum;  // no key seen: sum 0, and ref without meaning
 };
 

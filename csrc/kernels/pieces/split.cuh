@@ -15,14 +15,31 @@
 
 namespace flash {
 
+// a / b for a >= 0, b > 0.  A division of integers is slow, and here loads wait for it.
+// inverse: 1 / b, wrong by 2^-22 of itself at most.
+FLASH_HD int quotient(int a, int b, float inverse) {
+  // The first quotient is wrong by at most 2^-21 of itself, so that less than 2^10 + b is left; of that the second is wrong by at most 1.
+  unsigned const first = unsigned(float(a) * inverse);
+  int rest             = int(unsigned(a) - first * unsigned(b));  // may be negative
+  int const second     = int(float(rest) * inverse);
+  rest -= second * b;
+  return int(first + unsigned(second + int(rest >= b) - int(rest < 0)));
+}
+FLASH_HD int quotient(int a, int b) { return quotient(a, b, 1.f / float(b)); }
+
 // The first `longer` workers have one tile more than the others.
 struct Shares {
   int length, longer, workers;
 
   // Fewer workers where there are fewer tiles: none has an empty share.
   FLASH_HD static Shares of(int tiles, int workers) {
-    workers          = min_of(workers, tiles);
-    int const length = workers > 0 ? tiles / workers : 0;
+    if (tiles <= workers) { return {int(tiles > 0), 0, tiles}; }
+    int const length = quotient(tiles, workers);
+    return {length, tiles - length * workers, workers};
+  }
+  // None fewer: shares may be empty.
+  FLASH_HD static Shares of_all(int tiles, int workers) {
+    int const length = tiles < workers ? 0 : quotient(tiles, workers);
     return {length, tiles - length * workers, workers};
   }
   FLASH_HD int begin(int worker) const { return worker * length + min_of(worker, longer); }
@@ -31,7 +48,9 @@ struct Shares {
     if (tile < end(0)) { return 0; }  // divisions are slow
     if (tile >= begin(workers - 1)) { return workers - 1; }
     int const in_longer = longer * (length + 1);
-    return tile < in_longer ? tile / (length + 1) : longer + (tile - in_longer) / length;
+    bool const is_long  = tile < in_longer;
+    return (is_long ? 0 : longer) +
+           quotient(is_long ? tile : tile - in_longer, is_long ? length + 1 : length);
   }
 };
 
@@ -69,8 +88,46 @@ constexpr int kMostParts = kMergedParts * kMergedParts * kMergedParts;
 // (benchmarks/README.md, "Decoding").
 FLASH_HD int workers_for_one(int tiles, int workers) {
   constexpr int kTilesOfMerge = 4;
-  bool const one_merge = ceil_div(tiles, kMergedParts) <= ceil_div(tiles, workers) + kTilesOfMerge;
-  return workers > kMergedParts && one_merge ? kMergedParts : workers;
+  if (workers <= kMergedParts) { return workers; }
+  int const length = ceil_div(tiles, kMergedParts);
+  bool const one_merge =
+      length <= kTilesOfMerge || length <= quotient(tiles + workers - 1, workers) + kTilesOfMerge;
+  return one_merge ? kMergedParts : workers;
+}
+
+// The same where clusters of 2^bits workers merge by themselves and their results, at most kMergedParts, are merged once more: whole
+// clusters, no more than have a tile each.  One cluster, unless its shares are longer by so many tiles as that merge costs: a tile of
+// 1x8k-16/1 takes 0.9 us longer than none, a merge about 2 us (benchmarks/README.md, "Decoding").
+FLASH_HD int workers_in_clusters(int tiles, int workers, int bits) {
+  constexpr int kTilesOfMerge = 2;
+  int const cluster = 1 << bits, length = (tiles + cluster - 1) >> bits;
+  if (length <= 1 + kTilesOfMerge) { return cluster; }
+  int const most = min_of(workers, length << bits);
+  return length <= quotient(tiles + most - 1, most) + kTilesOfMerge ? cluster : most;
+}
+
+// Results of clusters as parts of the only query tile.
+FLASH_HD Parts parts_of_clusters(int count, int index, int heads, int head) {
+  return {count, index, heads + head, head, 2 * int64_t(heads)};
+}
+
+// Of at most `workers` thread blocks for a head, how many (as bits) make a cluster: as many as fit, unless an eighth would be lost.
+FLASH_HD int cluster_bits_for(int workers) {
+  constexpr int kMostBits = 3;  // what every GPU with clusters allows
+  for (int bits = kMostBits; bits > 0; --bits) {
+    int const lost = workers & ((1 << bits) - 1);
+    if (lost < workers && 8 * lost <= workers) { return bits; }
+  }
+  return 0;
+}
+
+// So many sequences are a warp's work.
+constexpr int kFewSequences = 32;
+
+// Whether sequences of one length are not cut: they keep half of the workers busy, and half of the multiprocessors can read as fast
+// as all.
+FLASH_HD bool keeps_whole(int sequences, int workers) {
+  return sequences <= workers && 2 * sequences >= workers;
 }
 
 }  // namespace flash

@@ -1,5 +1,7 @@
 #pragma once
 // Decoding launch: tile by the number of rows.
+#include <algorithm>
+
 #include "pieces/device_info.h"
 #include "pieces/launch.cuh"
 #include "sm80/decode_kernel.cuh"
@@ -9,8 +11,23 @@ namespace flash::sm80 {
 template <class Traits>
 cudaError_t launch_decode_variant(DecodeParams const& params, cudaStream_t stream) {
   Start const start = has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
-  return launch_tiles(start, &decode_kernel<Traits>, Grid{params.plan.grid, params.plan.workers},
-                      Traits::kThreads, Traits::kSmemBytes, stream, params);
+  auto const kernel = &decode_kernel<Traits>;
+  Grid grid{params.plan.grid, params.plan.workers};
+  if (params.plan.cluster_bits == 0) {
+    return launch_tiles(start, kernel, grid, Traits::kThreads, Traits::kSmemBytes, stream, params);
+  }
+  // All clusters run at once, or there are none: one that waits for others takes longer than it saves, and so do far fewer workers.
+  DecodeParams chosen = params;
+  grid.cluster        = 1 << params.plan.cluster_bits;
+  int64_t const of_head =
+      clusters_at_once(kernel, grid, Traits::kThreads, Traits::kSmemBytes) / grid.x;
+  int const workers = int(std::min<int64_t>(grid.y, of_head * grid.cluster));
+  if (4 * workers >= 3 * grid.y) {
+    grid.y = chosen.plan.workers = workers;
+  } else {
+    grid.cluster = 1, chosen.plan.cluster_bits = 0;
+  }
+  return launch_tiles(start, kernel, grid, Traits::kThreads, Traits::kSmemBytes, stream, chosen);
 }
 
 template <int kHeadDim, class Element, bool kSmallSmem>

@@ -111,10 +111,33 @@ struct DecodeMainloop {
     cp_async_wait<0>();
   }
 
+  // Brings the task's first key tiles into L2.  Only for a cache without pages and entries.
+  CUTE_DEVICE static void prefetch(DecodeParams const& params, DecodeTask const& task) {
+    constexpr int kLine = 128 / sizeof(Element), kLines = ceil_div(Traits::kHeadDim, kLine);
+    KvCache const& cache = params.cache;
+    int const row0       = task.tile_begin * Traits::kBlockN;
+    int const end        = min_of(task.range.end, task.tile_end * Traits::kBlockN);
+    int const rows       = min_of(end - row0, (kStages - 1) * Traits::kBlockN);
+#pragma unroll 1
+    for (int i = opaque(threadIdx.x); i < rows * kLines; i += Traits::kThreads) {
+      int64_t const row = row0 + i / kLines;
+      int const column  = i % kLines * kLine;
+      if (row < task.range.first || column >= params.problem.head_dim) { continue; }
+      prefetch_l2(matrix_of<Element const>(cache.k, task.batch, task.head_kv) +
+                  row * cache.k.row_stride + column);
+      prefetch_l2(matrix_of<Element const>(cache.v, task.batch, task.head_kv) +
+                  row * cache.v.row_stride + column);
+    }
+  }
+
   // First row of this thread's fragments in the tile; the second is 8 below.
   CUTE_DEVICE static int fragment_row(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
  private:
+  CUTE_DEVICE static void prefetch_l2(Element const* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+  }
+
   CUTE_DEVICE static void sync_group() {
     if constexpr (Traits::kGroupWarps == 1) {
       __syncwarp();

@@ -1,6 +1,7 @@
 #pragma once
 // Which query tiles and key tiles a thread block of the decoding kernel works on.
 // Used by decode_kernel.  Kept in shared memory: in registers it would be spilled in the main loop.
+#include "pieces/cluster.cuh"
 #include "sm80/decode_mainloop.cuh"
 
 namespace flash::sm80 {
@@ -14,11 +15,8 @@ struct DecodeWork {
 // Where a thread block is on the line of its head's key tiles.
 struct DecodeCursor {
   Shares shares;
-  int worker, head;
   int position, end;
-  // The sequence that holds position, or one before it; its first tile on the line.
-  int batch, batch_begin;
-  CacheSequence sequence;
+  int item;  // where on the line work.task's query tile begins, which holds position or lies before it
 };
 
 // splits > 0: one run for each thread block.  Parts of a query tile are neighbours in the grid, then come the query tiles of a head from
@@ -33,27 +31,31 @@ struct DecodeSchedule {
   DecodeCursor& cursor;  // shared memory, as is work
   DecodeWork& work;
 
-  // All threads.  scratch: shared memory, one int for each warp.
-  CUTE_DEVICE void start(int* scratch) const {
-    if (threadIdx.x == 0) { cursor = {}; }
-    if (params.plan.splits == 0) {
+  // All threads: the first work, which they may read after a barrier.  scratch: shared memory, one int for each warp.
+  CUTE_DEVICE void start(int* scratch, Lengths lengths) const {
+    if (threadIdx.x == 0) { cursor = {}, work.parts.count = 0; }
+    if (params.plan.splits > 0) {
+      if (threadIdx.x == 0) { take_part(); }
+    } else if (params.problem.batch > kLanes) {
       find_share(scratch);
-    } else if (threadIdx.x == 0) {
-      cursor.end = 1;
+      if (threadIdx.x == 0) { next(); }
+    } else if (kOneTile && cluster_blocks(params.plan.cluster_bits) > 1) {
+      if (threadIdx.x == 0) { take_in_cluster(lengths); }
+    } else if (threadIdx.x < kLanes) {
+      __syncwarp();  // PROTECTS: the share's finder writes the cursor and work after thread 0.
+      find_share_of_few(lengths);
     }
-    __syncthreads();  // PROTECTS: the cursor is complete.
   }
 
   // One thread; the others may read work after a barrier.
   CUTE_DEVICE void next() const {
-    work.parts.count = 0;
-    if (cursor.position >= cursor.end) { return; }
-    if (params.plan.splits == 0) {
-      take_from_line();
-    } else {
-      take_part();
-      cursor.position = 1;
+    if (cursor.position >= cursor.end) {
+      work.parts.count = 0;
+      return;
     }
+    DecodeTask task = work.task;
+    int const item  = item_at(cursor.position, task, cursor.item);
+    take(cursor.shares, cursor.position, cursor.end, task, item);
   }
 
  private:
@@ -76,88 +78,128 @@ struct DecodeSchedule {
     work.parts = parts_of_item(item, splits, count, part);
   }
 
-  CUTE_DEVICE void take_from_line() const {
-    CacheSequence sequence = cursor.sequence;
-    KeyRange range         = range_of(sequence, 0);
-    int item = cursor.batch_begin, m_block = 0;
-#pragma unroll 1
-    while (cursor.position >= item + tiles_of(sequence, range)) {
-      item += tiles_of(sequence, range);
-      if (++m_block >= query_tiles(sequence)) {
-        m_block = 0, cursor.batch_begin = item;
-        sequence = cursor.sequence = sequence_of(++cursor.batch);
-      }
-      range = range_of(sequence, m_block);
-    }
-    int const skipped = cursor.position - item, begin = range.tile_begin + skipped;
-    int const count = min_of(cursor.end - cursor.position, range.tiles() - skipped);
-    work.task       = {cursor.batch, cursor.head, m_block, sequence, range, begin, begin + count};
-    work.parts      = parts_in_line(cursor.shares, cursor.worker, item, range.tiles(),
-                                    params.problem.heads_kv, cursor.head);
-    cursor.position += count;
+  // The only query tile of the only sequence.  Thread blocks of a cluster all have a part of it, which may be empty, or none has.
+  CUTE_DEVICE void take_in_cluster(Lengths lengths) const {
+    CacheSequence const sequence = sequence_of(0, lengths);
+    KeyRange const range         = range_of(sequence, 0);
+    int const tiles = tiles_of(sequence, range), bits = params.plan.cluster_bits;
+    int const worker = blockIdx.y, workers = workers_in_clusters(tiles, params.plan.workers, bits);
+    if (tiles == 0 || worker >= workers) { return; }
+    Shares const shares = Shares::of_all(tiles, workers);
+    int const begin     = range.tile_begin + shares.begin(worker);
+    work.task           = {
+        0, int(blockIdx.x), 0, sequence, range, begin, range.tile_begin + shares.end(worker)};
+    work.parts =
+        parts_of_clusters(workers >> bits, worker >> bits, params.problem.heads_kv, blockIdx.x);
   }
 
-  // Each thread adds up the tiles of some sequences; the one that meets the share's begin writes the cursor.
-  CUTE_DEVICE void find_share(int* scratch) const {
-    int const thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    int const sequences = params.problem.batch;
-    if (sequences == 1) {
-      if (thread == 0) {
-        int const tiles = tiles_of(0);
-        begin_share(Shares::of(tiles, workers_for_one(tiles, params.plan.workers)), 0, 0);
+  // Goes on from the query tile that begins at `item` to the one that holds position; returns where that begins.
+  CUTE_DEVICE int item_at(int position, DecodeTask& task, int item) const {
+#pragma unroll 1
+    while (position >= item + tiles_of(task.sequence, task.range)) {
+      item += tiles_of(task.sequence, task.range);
+      if (++task.m_block >= query_tiles(task.sequence)) {
+        task.m_block = 0, task.sequence = sequence_of(++task.batch);
       }
-      return;
+      task.range = range_of(task.sequence, task.m_block);
     }
+    return item;
+  }
+
+  // The part of task's query tile from position on.
+  CUTE_DEVICE void take(Shares const& shares, int position, int end, DecodeTask& task,
+                        int item) const {
+    int const skipped = position - item, tiles = task.range.tiles();
+    int const count = min_of(end - position, tiles - skipped);
+    task.tile_begin = task.range.tile_begin + skipped, task.tile_end = task.tile_begin + count;
+    work.task = task;
+    work.parts =
+        parts_in_line(shares, blockIdx.y, item, tiles, params.problem.heads_kv, blockIdx.x);
+    cursor = {shares, position + count, end, item};
+  }
+
+  // One warp, a sequence for each lane.  Nothing but the lengths is waited for, and no other warp.
+  CUTE_DEVICE void find_share_of_few(Lengths lengths) const {
+    int const sequences = params.problem.batch, lane = threadIdx.x;
+    CacheSequence sequence{};
+    if (lane < sequences) { sequence = sequence_of(lane, lengths); }
+    KeyRange const range = range_of(sequence, 0);
+    int const tiles      = kOneTile ? tiles_of(sequence, range) : tiles_of(sequence);
+    int before = 0, total = tiles, workers = params.plan.workers;
+    if (sequences == 1) {
+      workers = workers_for_one(tiles, workers);
+    } else {
+      int const of_first = __shfl_sync(~0u, tiles, 0);
+      if (__all_sync(~0u, lane >= sequences || tiles == of_first)) {
+        before = lane * of_first, total = sequences * of_first;
+        if (keeps_whole(sequences, workers)) { workers = sequences; }
+      } else {
+        int const sum = sum_over_lanes(tiles);  // inclusive
+        before = sum - tiles, total = __shfl_sync(~0u, sum, kLanes - 1);
+      }
+    }
+    Shares const shares = Shares::of(total, workers);
+    int const worker = blockIdx.y, position = shares.begin(worker);
+    if (worker >= shares.workers || position < before || position >= before + tiles) { return; }
+    DecodeTask task{lane, int(blockIdx.x), 0, sequence, range, 0, 0};
+    int const item = kOneTile ? before : item_at(position, task, before);
+    take(shares, position, shares.end(worker), task, item);
+  }
+
+  CUTE_DEVICE static int sum_over_lanes(int sum) {
+    CUTE_UNROLL
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      int const other = __shfl_up_sync(~0u, sum, distance);
+      if (int(threadIdx.x % kLanes) >= distance) { sum += other; }
+    }
+    return sum;
+  }
+
+  // Any number of sequences.  Each thread adds up the tiles of some.
+  CUTE_DEVICE void find_share(int* scratch) const {
+    int const thread = threadIdx.x, warp = thread / kLanes;
+    int const sequences = params.problem.batch;
     int const own = ceil_div(sequences, Traits::kThreads), from = min_of(sequences, thread * own);
     int const to = min_of(sequences, from + own);
-    int work     = 0;
+    int sum      = 0;
 #pragma unroll 1
-    for (int b = from; b < to; ++b) { work += tiles_of(b); }
-    int before = work;  // inclusive sum over the threads
-    CUTE_UNROLL
-    for (int distance = 1; distance < 32; distance *= 2) {
-      int const other = __shfl_up_sync(~0u, before, distance);
-      if (lane >= distance) { before += other; }
-    }
-    if (lane == 31) { scratch[warp] = before; }
-    __syncthreads();  // PROTECTS: the warps' sums are complete.
+    for (int b = from; b < to; ++b) { sum += tiles_of(sequence_of(b)); }
+    int const tiles = sum;
+    int before      = sum_over_lanes(tiles);  // inclusive
+    if (thread % kLanes == kLanes - 1) { scratch[warp] = before; }
+    __syncthreads();  // PROTECTS: the warps' sums are complete; the finder writes after thread 0.
     int total = 0;
     CUTE_UNROLL
-    for (int w = 0; w < Traits::kThreads / 32; ++w) {
+    for (int w = 0; w < Traits::kThreads / kLanes; ++w) {
       before += w < warp ? scratch[w] : 0;
       total += scratch[w];
     }
-    before -= work;
-    // Sequences of one length that keep half of the workers busy are not cut: half of the multiprocessors can read as fast as all.
-    int workers = params.plan.workers;
-    if (sequences <= workers && 2 * sequences >= workers && own == 1 &&
-        __syncthreads_and(thread >= sequences || work * sequences == total)) {
-      workers = sequences;
-    }
-    Shares const shares = Shares::of(total, workers);
-    int const position  = shares.begin(blockIdx.y);
-    if (position < before || position >= before + work) { return; }
-    int b = from;
+    before -= tiles;
+    int const workers   = params.plan.workers;
+    bool const is_equal = keeps_whole(sequences, workers) && own == 1 &&
+                          __syncthreads_and(thread >= sequences || tiles * sequences == total);
+    Shares const shares = Shares::of(total, is_equal ? sequences : workers);
+    int const worker = blockIdx.y, position = shares.begin(worker);
+    if (worker < shares.workers && position >= before && position < before + tiles) {
+      int b = from;
 #pragma unroll 1
-    for (int tiles = 0; own > 1 && position >= before + (tiles = tiles_of(b)); ++b) {
-      before += tiles;
+      for (int of_b; own > 1 && position >= before + (of_b = tiles_of(sequence_of(b))); ++b) {
+        before += of_b;
+      }
+      CacheSequence const sequence = sequence_of(b);
+      work.task                    = {b, int(blockIdx.x), 0, sequence, range_of(sequence, 0), 0, 0};
+      cursor                       = {shares, position, shares.end(worker), before};
     }
-    begin_share(shares, b, before);
-  }
-
-  CUTE_DEVICE void begin_share(Shares const& shares, int batch, int batch_begin) const {
-    int const worker = blockIdx.y;
-    if (worker >= shares.workers) { return; }
-    cursor = {shares, worker,      int(blockIdx.x),   shares.begin(worker), shares.end(worker),
-              batch,  batch_begin, sequence_of(batch)};
+    __syncthreads();  // PROTECTS: the cursor is complete.
   }
 
   // Narrow tiles hold all rows of a sequence.
   static constexpr bool kOneTile = Traits::kNarrow;
+  static constexpr int kLanes    = kFewSequences;
 
   CUTE_DEVICE int group() const { return params.plan.group; }
-  CUTE_DEVICE CacheSequence sequence_of(int batch) const {
-    return cache_sequence(params.problem, params.cache, batch);
+  CUTE_DEVICE CacheSequence sequence_of(int batch, Lengths lengths = Lengths::kFinal) const {
+    return cache_sequence(params.problem, params.cache, batch, lengths);
   }
   CUTE_DEVICE KeyRange range_of(CacheSequence const& sequence, int m_block) const {
     return key_range(sequence, params.problem, group(), kOneTile ? 0 : m_block, Traits::kBlockM,
@@ -171,10 +213,9 @@ struct DecodeSchedule {
   CUTE_DEVICE static int tiles_of(CacheSequence const& sequence, KeyRange const& range) {
     return sequence.seqlen_q > 0 ? range.tiles() : 0;
   }
-  CUTE_DEVICE int tiles_of(int batch) const {
-    CacheSequence const sequence = sequence_of(batch);
-    int tiles                    = 0;
-    int const count              = query_tiles(sequence);
+  CUTE_DEVICE int tiles_of(CacheSequence const& sequence) const {
+    int tiles       = 0;
+    int const count = query_tiles(sequence);
 #pragma unroll 1
     for (int m = 0; m < count; ++m) { tiles += range_of(sequence, m).tiles(); }
     return tiles;
