@@ -20,6 +20,25 @@ struct TensorRef {
 // A side of a sliding window without a limit.
 constexpr int kUnlimited = 1 << 30;
 
+// Which of the 65536 values of a weight's 16 random bits keep it.  They are compared as fp16 numbers: an instruction compares two of
+// these, and makes masks of the results.
+struct KeepRule {
+  unsigned below;     // a number, in both halves; kept are the smaller ones, and NaN
+  unsigned inverted;  // all bits 1: kept are the others instead
+};
+
+// For the number of values that keep a weight, at most 65535: the first in the order NaN, -inf ... -0 = 0 ... inf; or the last,
+// where that would divide the NaNs or the zeros.
+inline KeepRule keep_rule(int kept) {
+  constexpr int kNans = 2046, kNegatives = 31744, kNumbers = 65536 - kNans, kMinusInf = 0xfc00;
+  bool const inverted = kept < kNans || kept == kNans + kNegatives + 1;
+  int const smaller   = inverted ? kNumbers - kept : kept - kNans;  // numbers below the threshold
+  int const beyond    = smaller - kNegatives - 1;                   // zero has two patterns
+  unsigned const below =
+      unsigned(smaller < kNegatives ? kMinusInf - smaller : (beyond < 0 ? 0 : beyond));
+  return {below * 0x10001u, inverted ? ~0u : 0u};
+}
+
 // What every family needs to know.
 //
 // Mask: with shift = seqlen_k - seqlen_q of the sequence, query i sees the keys j with
@@ -59,10 +78,10 @@ struct Problem {
   int const *cu_seqlens_q, *cu_seqlens_k, *seqused_k, *leftpad_k;  // device; int32
   int total_q, total_k;
   int64_t lse_batch_stride, lse_head_stride;
-  // Dropout: a weight is kept iff its 16 random bits are below keep_below (pieces/dropout.cuh).
-  int64_t const* rng_state;  // device: seed, offset; null: no dropout
-  unsigned keep_below;
-  float keep_scale;  // 1 / (1 - p); 1 without dropout
+  int64_t const* rng_state;  // device: dropout's seed and offset; null: no dropout
+  KeepRule keep;
+  // 1 / (1 - p), its inverse and its logarithm in base 2; without dropout 1, 1 and 0.
+  float keep_scale, keep_share, keep_log2;
 };
 
 struct FwdParams {
@@ -74,8 +93,9 @@ struct FwdParams {
 // Scratch of the backward pass, allocated by the caller with the sizes of plan_bwd.  The backward clears what it needs.
 struct BwdWorkspace {
   float* dq_accum;  // fp32 dQ in the main kernel's accumulator layout
-  float*
-      rows;  // per query block: LSE in base 2 (+inf for rows that see no key or do not exist), then rowsum(dO * O) - dLSE
+  // Per query block: LSE in base 2 (+inf for rows that see no key or do not exist) less keep_log2, then
+  // (rowsum(dO * O) - dLSE) * keep_share.
+  float* rows;
   int*
       dq_turn;  // per query block: whose turn it is to add to dQ; null unless the sum must be bitwise repeatable
 };
@@ -130,6 +150,10 @@ struct DecodePlan {
   int block_m, splits;
   int64_t grid;  // thread blocks of a worker, one for each key head; with splits > 0 all
   int workers;
+  // The workers of a single sequence's one query tile merge in clusters of 2^cluster_bits thread blocks; 0: no clusters.
+  int cluster_bits;
+  // Thread blocks guess their first work from the lengths that are there before the kernels before have ended, and bring its keys into L2.
+  bool looks_ahead;
   int64_t partial_o, partial_rows, counters;  // elements
 };
 

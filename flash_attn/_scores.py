@@ -56,7 +56,7 @@ class Visibility:
             begin = max(begin, rows.start + self.shift - self.left)
         if self.right is not None:
             end = min(end, rows.stop + self.shift + self.right)
-        return _aligned(begin, end)
+        return _aligned(begin, end, _philox.COLS)
 
     def queries(self, cols: slice) -> slice:
         """The queries that see any of the cols, from a multiple of the dropout block on."""
@@ -65,7 +65,7 @@ class Visibility:
             begin = max(begin, cols.start - self.shift - self.right)
         if self.left is not None:
             end = min(end, cols.stop - self.shift + self.left)
-        return _aligned(begin, end)
+        return _aligned(begin, end, _philox.ROWS)
 
     def hidden(self, rows: slice, cols: slice) -> Tensor | None:
         """Which of the cols each of the rows does not see, bool; None if it sees all of them."""
@@ -126,7 +126,7 @@ class Scores:
                 f"rng_state: dropout_p = {options.dropout_p} needs the (seed, offset) that the"
                 " forward pass used; got None"
             )
-        keeps_all = _philox.keep_threshold(options.dropout_p) == _philox.ALL_KEPT
+        keeps_all = _philox.kept_values(options.dropout_p) == _philox.ALL_KEPT
         return cls(
             Visibility.of(q.shape[1], k.shape[1], options),
             options.softmax_scale,
@@ -193,7 +193,7 @@ def blocks(whole: slice, size: int) -> list[slice]:
     return [slice(start, min(start + size, whole.stop)) for start in starts]
 
 
-def _aligned(begin: int, end: int) -> slice:
+def _aligned(begin: int, end: int, block: int) -> slice:
     if begin >= end:
         return slice(0, 0)
-    return slice(begin // _philox.BLOCK * _philox.BLOCK, end)
+    return slice(begin // block * block, end)

@@ -77,7 +77,10 @@ def build_and_run(name: str, tmp_path: Path, *, optimise: str, cute: bool) -> st
 @needs_compiler
 @pytest.mark.parametrize(
     "name",
-    ["check_visibility", "check_tile_order", "check_split", "check_kv_cache", "check_level"],
+    [
+        *("check_visibility", "check_tile_order", "check_shares", "check_split"),
+        *("check_kv_cache", "check_level", "check_dropout"),
+    ],
 )
 def test_integer_piece(name: str, tmp_path: Path) -> None:
     assert " 0 wrong" in build_and_run(name, tmp_path, optimise="-O2", cute=False)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import cycle, product
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -39,15 +40,15 @@ from oracle import (
     check_result,
     visible,
 )
-from philox import keep_mask, keeps, philox4x32
+from philox import keep_mask, keeping_values, keeps, philox4x32
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn import flash_attn_func
+from flash_attn import _philox, flash_attn_func
 
 DIMS = (32, 64, 96, 128, 192, 256)
 HALF = ("fp16", "bf16")
-# Around the borders of the 16 x 16 blocks that share random words, and of the kernels' tiles.
+# Around the borders of the 32 x 16 blocks that share random words, and of the kernels' tiles.
 LENGTHS = (
     *((97, 97), (113, 203), (203, 113), (1, 300), (300, 1), (257, 257), (15, 17), (16, 16)),
     *((17, 15), (64, 128), (129, 65), (33, 512), (144, 80)),
@@ -94,6 +95,69 @@ def test_the_mask_of_the_tests_is_its_definition(state: tuple[int, int]) -> None
         b, h, row, col = (int(i) for i in torch.unravel_index(torch.tensor(index), mask.shape))
         kept = keeps(*state, batches[b] * heads + h, row, col, 0.3)
         assert mask[b, h, row, col].item() == kept, (b, h, row, col)
+
+
+# Around whole bytes of the threshold, where NaNs end, and where -0 and 0 would have to be told apart.
+KEPT = (
+    *(0, 1, 255, 256, 2045, 2046, 2047, 2303, 2304, 2305, 32768, 33535, 33789, 33790, 33791),
+    *(33792, 33793, 34047, 34048, 58981, 58982, 58983, 65279, 65280, 65281, 65534, 65535),
+)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_as_many_values_as_asked_keep_a_weight(kept: int) -> None:
+    """By the definition, and by the package's comparison with one number."""
+    want = keeping_values(1 - kept / 65536)
+    assert want.sum() == kept
+    pattern, inverted = _philox.keep_rule(kept)
+    values = np.arange(65536, dtype=np.uint16).view(np.float16)
+    assert np.array_equal((values >= values[pattern]) == inverted, want)
+
+
+def random_bits(state: tuple[int, int], heads: int, rows: int, cols: int) -> Tensor:
+    """(heads, rows, cols), 0 to 65535: by the package."""
+    heads, rng_state = torch.arange(heads), torch.tensor(state)
+    bits = _philox.random_bits(rng_state, heads, slice(0, rows), slice(0, cols))
+    return bits.int() & 0xFFFF
+
+
+def test_the_low_byte_decides_beside_the_thresholds_high_byte() -> None:
+    """Kept weights are as many as asked also between multiples of 256 of 65536."""
+    shape, state = (16, 512, 512), (7, 11)
+    bits = random_bits(state, *shape).long()
+    whole = 2047 + 31744 + 0x6200  # the threshold is a positive number with a low byte of 0
+    assert _philox.keep_rule(whole) == (0x6200, False)
+    previous, before = None, whole
+    for kept in (whole - 64, whole, whole + 1, whole + 64, whole + 128, whole + 255, whole + 256):
+        mask = torch.from_numpy(keeping_values(1 - kept / 65536))[bits]
+        share = kept / 65536
+        error = mask.double().mean().item() - share
+        assert abs(error) < 6 * (share * (1 - share) / mask.numel()) ** 0.5, kept
+        # More precisely: of the weights between two thresholds.
+        if previous is not None:
+            assert not (previous & ~mask).any()
+            want = (kept - before) / 65536 * mask.numel()
+            assert abs((mask & ~previous).sum().item() - want) < 6 * want**0.5, kept
+        previous, before = mask, kept
+
+
+def test_bytes_of_a_call_are_uniform_and_uncorrelated() -> None:
+    """The sixteen high bytes, and the four low ones that the weights of a word share."""
+    heads, rows, cols = 16, 512, 512
+    bits = random_bits((2**40 + 3, 5), heads, rows, cols)
+    # (head, row block, block half, row half, row % 8, column block, column half, pair, parity)
+    bits = bits.view(heads, rows // 32, 2, 2, 8, cols // 16, 2, 4, 2)
+    bits = bits.permute(0, 1, 4, 5, 7, 3, 6, 2, 8).reshape(-1, 4, 4)  # (call, word, byte)
+    low = bits & 0xFF
+    assert torch.equal(low, low[:, :, :1].expand_as(low))
+    of_call = torch.cat([(bits >> 8).flatten(1), low[:, :, 0]], 1).T.double()
+    deviation = of_call.shape[1] ** -0.5
+    for values in of_call:
+        error = values.int().bincount(minlength=256) / values.numel() * 256 - 1
+        assert error.abs().max() < 6 * 16 * deviation
+    for power in (1, 2):
+        off_diagonal = torch.corrcoef((of_call - 127.5) ** power) - torch.eye(20)
+        assert off_diagonal.abs().max() < 6 * deviation
 
 
 def dropout_cases() -> Iterator[AttnCase]:
@@ -325,7 +389,7 @@ def test_dropped_weights_are_as_many_as_asked_and_independent_D8(
         check_mean(what, means, p, deviation / count**0.5 + 1 / count)
 
     # Correlations, with deviation 1 / sqrt(number of pairs): between batches, heads, neighbours in
-    # both directions, halves of one random word, and blocks of 16 that share counters.
+    # both directions, bytes of one random word, and blocks that share counters.
     centred = (dropped - p) / deviation
     pairs = {
         "batches": (centred[:-1], centred[1:]),
@@ -335,7 +399,9 @@ def test_dropped_weights_are_as_many_as_asked_and_independent_D8(
         "parities": (centred[..., ::2], centred[..., 1::2]),
         "rows 8 apart": (centred[:, :, :-8], centred[:, :, 8:]),
         "columns 8 apart": (centred[..., :-8], centred[..., 8:]),
-        "row blocks": (centred[:, :, :-16], centred[:, :, 16:]),
+        "rows 16 apart": (centred[:, :, :-16], centred[:, :, 16:]),
+        "rows 16 apart, next columns": (centred[:, :, :-16, ::2], centred[:, :, 16:, 1::2]),
+        "row blocks": (centred[:, :, :-32], centred[:, :, 32:]),
         "column blocks": (centred[..., :-16], centred[..., 16:]),
         "transposed": (centred, centred.transpose(2, 3)),
     }

@@ -47,13 +47,13 @@ constexpr FwdTile general_fwd_tile(int head_dim) {
   tile.early = tile.block_n / 16;
   return tile;
 }
-constexpr bool fwd_is_general(int head_dim, Level level) {
-  return level == Level::kAll || (level == Level::kDropout && head_dim == 128);
+constexpr bool fwd_is_general(Level level) {
+  return level == Level::kAll || level == Level::kDropout;
 }
 // The tile's early, but for head_dim 64: tanh and exponentials use the same unit; random numbers are better drawn all at once.
 constexpr int early_steps(FwdTile const& tile, int head_dim, Level level) {
   if (head_dim == 64 && level == Level::kSoftcap) { return 1; }
-  if (head_dim == 64 && level == Level::kDropout) { return 4; }
+  if (head_dim == 64 && level == Level::kDropout) { return 3; }
   return tile.early;
 }
 

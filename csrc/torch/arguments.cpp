@@ -43,11 +43,11 @@ void set_alibi(Problem& problem, at::Tensor const& slopes, at::Tensor const& q) 
 
 void set_dropout(Problem& problem, Options const& options, at::Tensor const& q) {
   double const p     = options.dropout_p;
-  problem.keep_scale = 1.f;
+  problem.keep_scale = problem.keep_share = 1.f, problem.keep_log2 = 0.f;
   TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1): Expected p_dropout < 1; got ", p);
   constexpr double kChoices = 65536.0;  // 16 bits per weight
-  double const keep_below   = std::nearbyint((1.0 - p) * kChoices);
-  if (p == 0.0 || keep_below >= kChoices) { return; }
+  double const kept         = std::nearbyint((1.0 - p) * kChoices);
+  if (p == 0.0 || kept >= kChoices) { return; }
   TORCH_CHECK(options.rng_state, "rng_state: dropout_p = ", p,
               " needs the seed and offset that the forward pass used; got None");
   at::Tensor const& state = *options.rng_state;
@@ -57,8 +57,10 @@ void set_dropout(Problem& problem, Options const& options, at::Tensor const& q) 
               "rng_state: must be int64 of shape (2), contiguous; got ", state.scalar_type(),
               " of shape ", state.sizes());
   problem.rng_state  = state.data_ptr<int64_t>();
-  problem.keep_below = unsigned(keep_below);
+  problem.keep       = keep_rule(int(kept));
   problem.keep_scale = float(1.0 / (1.0 - p));
+  problem.keep_share = float(1.0 - p);
+  problem.keep_log2  = float(-std::log2(1.0 - p));
 }
 
 void set_lengths(Problem& problem, Lengths const& lengths, at::Tensor const& q,

@@ -13,6 +13,32 @@ using Atom = MMA_Atom<SM80_16x8x16_F32BF16BF16F32_TN>;
 template <int kWarps>
 using Mma = TiledMMA<Atom, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<16 * kWarps>, _16, _16>>;
 
+// A warp's two m16 tiles are neighbours, as in the forward kernels with dropout.
+template <int kWarps>
+using RunMma = TiledMMA<Atom, Layout<Shape<Int<kWarps>, _1, _1>>,
+                        Tile<Layout<Shape<_16, Int<kWarps>, _2>, Stride<_1, _32, _16>>, _16, _16>>;
+
+// Value (i, m, n) of a warp is in row half i / 2 of the m-th sixteen of its 32 rows, and in the n-th eight columns.
+void check_runs() {
+  using TiledMma = RunMma<4>;
+  for (int thread = 0; thread < int(size(TiledMma{})); ++thread) {
+    auto const slice = TiledMma{}.get_slice(thread);
+    Tensor c         = slice.partition_C(make_identity_tensor(Shape<_128, _64>{}));
+    Tensor fragment  = partition_fragment_C(TiledMma{}, Shape<_128, _64>{});
+    int const lane   = thread % 32;
+    expect(size<0>(fragment) == 4 && size<1>(fragment) == 2 && size<2>(fragment) == 8,
+           "modes of the fragment");
+    for (int i = 0; i < 4; ++i)
+      for (int m = 0; m < 2; ++m)
+        for (int n = 0; n < 8; ++n) {
+          int const row    = thread / 32 * 32 + m * 16 + i / 2 * 8 + lane / 4,
+                    column = n * 8 + lane % 4 * 2 + i % 2;
+          expect(int(get<0>(c(i, m, n))) == row && int(get<1>(c(i, m, n))) == column,
+                 "thread %d: value (%d, %d, %d)", thread, i, m, n);
+        }
+  }
+}
+
 // fragment(i) = i, so that a view of it tells which register it reads.
 template <class TiledMma, class Shape_>
 auto numbered(Shape_ const& shape) {
@@ -55,6 +81,8 @@ void check_views() {
 }
 
 int main() {
+  check_runs();
+  check_views<RunMma<4>, 128, 64>();
   check_views<Mma<4>, 64, 64>();
   check_views<Mma<4>, 128, 64>();
   check_views<Mma<4>, 128, 128>();

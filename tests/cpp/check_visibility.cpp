@@ -1,4 +1,5 @@
-// Exhaustive check of pieces/visibility.cuh over small problems: intervals, their inverses, and the blocks of both passes.
+// Exhaustive check of pieces/visibility.cuh over small problems: intervals, their inverses, the blocks of both passes, and
+// half steps.
 #include <initializer_list>
 
 #include "check.h"
@@ -70,10 +71,38 @@ void check_blocks(Visibility<kMask> const& m) {
   }
 }
 
+long half_steps_found = 0;
+
+// What half steps leave out is hidden.
+template <int kM, int kN, MaskKind kMask>
+void check_half_steps(Visibility<kMask> const& m) {
+  constexpr int kHalf = kM / 2;
+  for (int block = 0; block * kM < m.seqlen_q; ++block) {
+    BlockRange const r = key_blocks<kM, kN>(m, block);
+    if (r.first >= r.end) continue;
+    int const row0         = block * kM;
+    HalfSteps const halves = half_steps<kHalf, kN>(m, r, row0);
+    expect(halves.last_whole >= r.first && halves.last_whole <= r.end - 1 - halves.begins,
+           CASE ": no whole step for block %d", ARGS, block);
+    auto const sees_block = [&](int first_row, int n) {
+      for (int q = first_row; q < first_row + kHalf; ++q)
+        for (int k = n * kN; k < (n + 1) * kN; ++k)
+          if (sees(m, q, k)) return true;
+      return false;
+    };
+    expect(!halves.begins || !sees_block(row0, r.end - 1), CASE ": upper half of block %d", ARGS,
+           block);
+    for (int n = r.first; n < halves.last_whole; ++n)
+      expect(!sees_block(row0 + kHalf, n), CASE ": lower half of block %d", ARGS, block);
+    half_steps_found += halves.begins + halves.last_whole - r.first;
+  }
+}
+
 template <int kM, int kN, MaskKind kMask>
 void check_both(Visibility<kMask> const& m) {
   check_blocks<kM, kN, false>(m);
   check_blocks<kM, kN, true>(m);
+  check_half_steps<kM, kN>(m);
 }
 
 template <int kM, int kN>
@@ -118,6 +147,8 @@ int main() {
   expect(query_blocks<64, 128>(tall, 0).first == kLong / 64 - 1,
          "64 keys are seen by the last queries");
 
+  std::printf("%ld half steps\n", half_steps_found);
+  expect(half_steps_found > 0, "no half step was found");
   std::printf("visited %ld blocks, %ld without a visible pair, %ld unmasked of %ld possible\n",
               visited, empty, unmasked, could_be_unmasked);
   expect(small_empty == 0, "%ld blocks visited for nothing", small_empty);

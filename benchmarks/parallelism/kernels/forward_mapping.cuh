@@ -1,12 +1,12 @@
 #pragma once
 // Forward kernels that differ in which thread block takes which tiles, and in nothing else.
-// Used by the units mapping_*.  The algorithm of a tile is the extension's own FwdMainloop.
+// Used by the units mapping_*.  What they do for a tile is the extension's own QueryTile.
 #include "calls.h"
 #include "pieces/tile_order.cuh"
 #include "sm80/fwd_traits.cuh"
 #include "thread_again.cuh"
 // After thread_again.cuh.
-#include "sm80/fwd_mainloop.cuh"
+#include "sm80/fwd_kernel.cuh"
 
 namespace parallelism {
 using namespace flash;
@@ -25,65 +25,11 @@ CUTE_DEVICE Walk walk_of_block(TileOrder const& order, Mapping mapping) {
   return {pair * order.blocks + int(blockIdx.z), (pair + 1) * order.blocks, int(gridDim.z)};
 }
 
-// O and LSE of one query block.  saved and smem must not be in use when it begins, and are when it ends.
+// O and LSE of one query block, by the extension's own kernel.  saved and smem must not be in use when it begins, and are when it ends.
 template <class Traits, MaskKind kMask>
 CUTE_DEVICE void forward_tile(FwdParams const& params, TileCoord const& tile, SavedTile& saved,
                               typename Traits::Element* smem) {
-  using Element          = typename Traits::Element;
-  using Mainloop         = FwdMainloop<Traits, kMask, Level::kPlain>;
-  Problem const& problem = params.problem;
-  int const thread       = threadIdx.x;
-  typename Traits::TiledMma mma;
-  auto tOrO = partition_fragment_C(mma, Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
-  clear(tOrO);
-  constexpr int kRows = 2 * decltype(size<1>(tOrO))::value;
-  Softmax<kRows> softmax(problem.unit.scale_log2);
-  {
-    Site const site = dense_site(problem, tile.batch, tile.block);
-    Visibility<kMask> const see{site.seqlen_q, site.seqlen_k, 0, 0};
-    BlockRange const blocks = key_blocks<Traits::kBlockM, Traits::kBlockN>(see, site.block);
-    if (thread == 0) { saved.head = tile.head, saved.site = site, saved.blocks = blocks; }
-    __syncthreads();  // PROTECTS: saved is complete.
-    typename Mainloop::Operands const operands{matrix_of<Element>(params.q, tile.batch, tile.head),
-                                               matrix_of<Element>(params.k, tile.batch, tile.head),
-                                               matrix_of<Element>(params.v, tile.batch, tile.head),
-                                               params.q.row_stride,
-                                               params.k.row_stride,
-                                               params.v.row_stride,
-                                               &saved,
-                                               0};
-    Mainloop::run(operands, see, blocks, site.block, problem.head_dim, smem, tOrO, softmax);
-  }
-
-  // Epilogue: O / sum and LSE.  Every query sees a key.
-  Site const& site = saved.site;
-  int const row0 = site.block * Traits::kBlockM, head = saved.head;
-  float lse[kRows];
-  softmax.finish(lse);
-  auto o_rows = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
-  CUTE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    CUTE_UNROLL
-    for (int c = 0; c < size<1>(o_rows); ++c) { o_rows(r, c) *= softmax.row_sum[r]; }
-  }
-  // No barrier before: a warp's rows of O overwrite the rows of Q that only it reads.
-  auto sO = Traits::TileQ::tensor(smem);
-  fragment_to_smem<typename Traits::TiledMma>(round_to<Element>(tOrO), sO, thread);
-
-  auto cO   = make_identity_tensor(Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
-  auto tOcO = mma.get_slice(thread).partition_C(cO);
-  auto rows = make_tensor(tOcO.data(), rows_columns(tOcO.layout()));
-  float* const lse_rows =
-      params.lse + site.batch * problem.lse_batch_stride + head * problem.lse_head_stride + row0;
-  CUTE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    int const row = get<0>(rows(r, 0));
-    if (get<1>(rows(0, 0)) == 0 && row0 + row < site.seqlen_q) { lse_rows[row] = lse[r]; }
-  }
-  __syncthreads();  // PROTECTS: all of O is in shared memory before other threads read it.
-  smem_to_rows<Traits::kBlockM, Traits::kHeadDim, Traits::kThreads>(
-      sO, matrix_of<Element>(params.out, site.batch, head) + int64_t(row0) * params.out.row_stride,
-      params.out.row_stride, site.seqlen_q - row0, problem.head_dim, thread);
+  QueryTile<Traits, kMask, Level::kPlain>{params, saved}.work(tile, smem);
 }
 
 // One tile per thread block.

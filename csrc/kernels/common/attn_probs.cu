@@ -18,14 +18,6 @@ __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ void from_float(__half& out, float x) { out = __float2half(x); }
 __device__ void from_float(__nv_bfloat16& out, float x) { out = __float2bfloat16(x); }
 
-// DropoutBits::at() without an index that would put the words into local memory.
-__device__ uint32_t random_bits(DropoutBits const& bits, int row, int column) {
-  Random4 const r  = bits.block(row / 16, column / 16, row % 8 * 4 + column % 8 / 2);
-  bool const lower = row % 16 >= 8, right = column % 16 >= 8;
-  uint32_t const word = right ? (lower ? r.word[3] : r.word[2]) : (lower ? r.word[1] : r.word[0]);
-  return word >> (column % 2 * 16) & 0xffffu;
-}
-
 template <class Element>
 __global__ void __launch_bounds__(32 * kWarps)
     attn_probs_kernel(__grid_constant__ ProbsParams const params) {
@@ -85,7 +77,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       static_cast<Element*>(params.probs) + (pair * params.rows + row) * params.columns;
   for (int column = first + lane; column < end; column += 32) {
     float const p   = __expf(score(column) - largest);
-    bool const keep = !drops || random_bits(bits, row, column) < problem.keep_below;
+    bool const keep = !drops || keeps(bits.at(row, column), problem.keep);
     from_float(out[column], keep ? p : -p);
   }
 }

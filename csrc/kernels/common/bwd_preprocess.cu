@@ -1,4 +1,5 @@
 // Backward, first kernel: delta = rowsum(dO * O) - dLSE and LSE in base 2 per query, and the cleared dQ sum.
+// With dropout such that exp2(S - LSE) is keep_scale times P, which is what multiplies dO, and P delta stays what it is.
 // One thread block per (query block, query head, batch); eight lanes per row.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -73,8 +74,8 @@ __global__ void __launch_bounds__(kThreads)
     if (exists && params.dlse) { sum -= params.dlse[rows_in + row]; }
     if (lane == 0) {
       // P of a row that sees no key, or does not exist, is exp2(s - inf) = 0.
-      rows[i]           = lse == INFINITY ? INFINITY : lse * kLog2E;
-      rows[block_m + i] = lse == INFINITY ? 0.f : sum;
+      rows[i]           = lse == INFINITY ? INFINITY : lse * kLog2E - problem.keep_log2;
+      rows[block_m + i] = lse == INFINITY ? 0.f : sum * problem.keep_share;
     }
   }
 }

@@ -26,4 +26,37 @@ CUTE_HOST_DEVICE constexpr auto as_operand_a(Layout_ const& layout) {
   return make_layout(make_layout(get<0>(split), get<2, 0>(split)), get<1>(split), get<2, 1>(split));
 }
 
+// The same registers as rows and columns.
+template <class Tensor_>
+CUTE_HOST_DEVICE auto rows_of(Tensor_& fragment) {
+  return make_tensor(fragment.data(), rows_columns(fragment.layout()));
+}
+
+// Row atoms [kFirst_, kEnd) of a fragment (MMA, MMA_M, ...).
+template <int kFirst_, int kEnd>
+struct RowAtoms {
+  static constexpr int kFirst = kFirst_, kCount = kEnd - kFirst_;
+
+  template <class Tensor_>
+  CUTE_HOST_DEVICE static auto of(Tensor_& fragment) {
+    auto const layout = fragment.layout();
+    return make_tensor(
+        fragment.data() + kFirst * stride<1>(layout),
+        make_layout(get<0>(layout), make_layout(Int<kCount>{}, stride<1>(layout)), get<2>(layout)));
+  }
+};
+
+// Zeros; kNow: that have no registers before this.
+template <bool kNow, class TensorR>
+CUTE_DEVICE void clear_now(TensorR& tensor) {
+  CUTE_UNROLL
+  for (int i = 0; i < size(tensor); ++i) {
+    if constexpr (kNow) {
+      asm volatile("mov.b32 %0, 0;" : "=f"(tensor(i)));
+    } else {
+      tensor(i) = 0.f;
+    }
+  }
+}
+
 }  // namespace flash

@@ -32,6 +32,26 @@ CUTE_DEVICE auto round_to(TensorIn const& in) {
   return out;
 }
 
+// The same with 0 for negative numbers.
+template <class Element, class TensorIn>
+CUTE_DEVICE auto round_positive(TensorIn const& in) {
+  Tensor out = make_tensor<Element>(in.layout());
+  auto pairs = recast<uint32_t>(out);
+  CUTE_UNROLL
+  for (int i = 0; i < size(pairs); ++i) {
+    if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;"
+          : "=r"(pairs(i))
+          : "f"(in(2 * i + 1)), "f"(in(2 * i)));
+    } else {
+      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;"
+          : "=r"(pairs(i))
+          : "f"(in(2 * i + 1)), "f"(in(2 * i)));
+    }
+  }
+  return out;
+}
+
 CUTE_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -38,41 +38,43 @@ struct Softmax {
     for (int r = 0; r < kRows; ++r) { row_ref[r] = 0.f, offset[r] = 0.f; }
   }
 
-  // The references of this block of scores (kRows, columns).  Where some reference of the warp's rows moves, O (kRows, columns),
-  // which holds all earlier blocks, follows.
-  template <class TensorS, class TensorO>
+  // The references of this block of scores (rows, columns), of rows kFirst and following.  Where some reference of the warp's rows moves,
+  // O (rows, columns), which holds all earlier blocks, follows.
+  template <int kFirst = 0, class TensorS, class TensorO>
   CUTE_DEVICE void update(TensorS& scores, TensorO& o_rows) {
-    float row_max[kRows], largest = 0.f;
+    constexpr int kCount = decltype(size<0>(scores))::value;
+    float row_max[kCount], largest = 0.f;
     bool moves = false;
     CUTE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      row_max[r] = scores(r, 0);
+    for (int i = 0; i < kCount; ++i) {
+      int const r = kFirst + i;
+      row_max[i]  = scores(i, 0);
       CUTE_UNROLL
-      for (int c = 1; c < size<1>(scores); ++c) { row_max[r] = fmaxf(row_max[r], scores(r, c)); }
-      row_max[r] = quad_max(row_max[r]);
+      for (int c = 1; c < size<1>(scores); ++c) { row_max[i] = fmaxf(row_max[i], scores(i, c)); }
+      row_max[i] = quad_max(row_max[i]);
       offset[r]  = row_ref[r] * scale_log2;
       largest    = fmaxf(largest, fabsf(offset[r]));
-      moves |= fmaf(row_max[r], scale_log2, -offset[r]) > kLazyRescaleLog2;
+      moves |= fmaf(row_max[i], scale_log2, -offset[r]) > kLazyRescaleLog2;
     }
     // One block: a second branch for O was turned into predicated instructions, issued in every step.
     if (__any_sync(~0u, moves | (largest > kLargeLog2))) {
-      float shrink[kRows];
-      move_references(scores, row_max, shrink);
+      float shrink[kCount];
+      move_references<kFirst>(scores, row_max, shrink);
       CUTE_UNROLL
-      for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kCount; ++i) {
         CUTE_UNROLL
-        for (int c = 0; c < size<1>(o_rows); ++c) { o_rows(r, c) *= shrink[r]; }
+        for (int c = 0; c < size<1>(o_rows); ++c) { o_rows(i, c) *= shrink[i]; }
       }
     }
   }
 
-  // Column c of the scores becomes P.
-  template <class TensorS>
+  // Column c of the scores of rows kFirst and following becomes P.
+  template <int kFirst = 0, class TensorS>
   CUTE_DEVICE void exponentials(TensorS& scores, int c) {
     CUTE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      scores(r, c) = exp2_approx(fmaf(scores(r, c), scale_log2, -offset[r]));
-      row_sum[r] += scores(r, c);
+    for (int i = 0; i < size<0>(scores); ++i) {
+      scores(i, c) = exp2_approx(fmaf(scores(i, c), scale_log2, -offset[kFirst + i]));
+      row_sum[kFirst + i] += scores(i, c);
     }
   }
 
@@ -91,20 +93,21 @@ struct Softmax {
  private:
   // Rare: after the first blocks of a row its maximum seldom grows by kLazyRescaleLog2.  Always taken where a reference is so
   // large that scores must be shifted before they are scaled.
-  template <class TensorS>
-  CUTE_DEVICE void move_references(TensorS& scores, float const (&row_max)[kRows],
-                                   float (&shrink)[kRows]) {
+  template <int kFirst, class TensorS, int kCount>
+  CUTE_DEVICE void move_references(TensorS& scores, float const (&row_max)[kCount],
+                                   float (&shrink)[kCount]) {
     CUTE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      float const ref  = fmaxf(row_ref[r], row_max[r]);
+    for (int i = 0; i < kCount; ++i) {
+      int const r      = kFirst + i;
+      float const ref  = fmaxf(row_ref[r], row_max[i]);
       bool const large = ref != kNoReference && fabsf(ref) * scale_log2 > kLargeLog2;
-      shrink[r]        = exp2_approx((row_ref[r] - ref) * scale_log2);
+      shrink[i]        = exp2_approx((row_ref[r] - ref) * scale_log2);
       row_ref[r]       = ref;
       offset[r]        = large ? 0.f : ref * scale_log2;
-      row_sum[r] *= shrink[r];
+      row_sum[r] *= shrink[i];
       if (large) {
         CUTE_UNROLL
-        for (int c = 0; c < size<1>(scores); ++c) { scores(r, c) -= ref; }
+        for (int c = 0; c < size<1>(scores); ++c) { scores(i, c) -= ref; }
       }
     }
   }

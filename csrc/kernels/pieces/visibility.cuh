@@ -69,4 +69,24 @@ FLASH_HD BlockRange query_blocks(Visibility<kMask> const& see, int n_block) {
                     see.end_query(bottom), kBlockM);
 }
 
+// Half steps: blocks that only half of a query tile's rows see, so that only these work on them.  Blocks are visited right to left.
+//
+//   begins       the last block (end - 1) is hidden from the upper half
+//   last_whole   the blocks left of it (at most one) are hidden from the lower half
+//
+// One block at least is left for all rows.
+struct HalfSteps {
+  int begins, last_whole;
+};
+
+// row0: the tile's first row.  kHalf: rows of a half.  blocks must not be empty.
+template <int kHalf, int kBlockN, MaskKind kMask>
+FLASH_HD HalfSteps half_steps(Visibility<kMask> const& see, BlockRange const& blocks, int row0) {
+  int const last    = blocks.end - 1;
+  bool const begins = last > blocks.first && see.end_key(row0 + kHalf - 1) <= last * kBlockN;
+  bool const ends =
+      last - begins > blocks.first && see.first_key(row0 + kHalf) >= (blocks.first + 1) * kBlockN;
+  return {begins, blocks.first + ends};
+}
+
 }  // namespace flash

@@ -72,10 +72,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 
   // Epilogue: dK and dV take the places of K and V.
   CUTE_UNROLL
-  for (int i = 0; i < size(tdKrdK); ++i) {
-    tdKrdK(i) *= problem.scale;
-    if constexpr (may_have(kLevel, Level::kDropout)) { tdVrdV(i) *= problem.keep_scale; }
-  }
+  for (int i = 0; i < size(tdKrdK); ++i) { tdKrdK(i) *= problem.scale; }
   __syncthreads();  // PROTECTS: all warps are done with K and V.
   auto sdK = TileK::tensor(smem);
   auto sdV = TileK::tensor(smem + TileK::kSize);

@@ -149,7 +149,7 @@ struct BwdMainloop {
         auto scores            = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
         constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
         float lse[kQueries];
-        load_lse(scores, lse, sRows + sub * kSubM, scale_log2, lane);
+        load_lse(scores, lse, sRows + sub * kSubM, scale_log2, params.problem.keep_log2, lane);
 
         // dP^T, beside it the exponentials
         auto tSrdP = partition_fragment_C(mma_sdp, TileSdp{});
@@ -161,11 +161,11 @@ struct BwdMainloop {
             });
         if constexpr (may_have(kLevel, Level::kDropout)) {
           if (decided<kLevel>(Level::kDropout, saved.features.drops)) {
-            mark_dropped(tSrS, saved.features.dropout, head, params.problem.keep_below, row0,
-                         first_key, lane);
+            mark_dropped(tSrS, saved.features.dropout, head, params.problem.keep, row0, first_key,
+                         lane);
           }
         }
-        auto tSrP = round_to<Element>(kept(tSrS));
+        auto tSrP = round_kept(tSrS);
         if constexpr (!Traits::kPInRegs) {
           fragment_to_smem<typename Traits::MmaSdp>(tSrP, sP, lane);
         }
@@ -173,11 +173,11 @@ struct BwdMainloop {
         // dS^T
         float const* const sLse = sRows + sub * kSubM;
         if constexpr (may_have(kLevel, Level::kSoftcap)) {
-          score_gradients(tSrdP, tSrS, sLse + kBlockM, params.problem.keep_scale, lane,
+          score_gradients(tSrdP, tSrS, sLse + kBlockM, lane,
                           softcap_gradient(params.problem, mod_of_head(), sLse,
                                            row0 + see_now().shift() - first_key, lane));
         } else {
-          score_gradients(tSrdP, tSrS, sLse + kBlockM, params.problem.keep_scale, lane,
+          score_gradients(tSrdP, tSrS, sLse + kBlockM, lane,
                           [](int, int, float gradient, float) { return gradient; });
         }
         auto tSrdS = round_to<Element>(tSrdP);
@@ -235,10 +235,10 @@ struct BwdMainloop {
   static constexpr int kDpParts =
       kSubM / (16 * (Traits::kWarps / Traits::kTile.sdp_keys)) * (Traits::kHeadDim / 16);
 
-  // LSE of this thread's queries, in base 2.
+  // LSE of this thread's queries, in base 2 and less by keep_log2: with dropout P^T is keep_scale times the weights.
   template <class TensorS, int kQueries>
   CUTE_DEVICE static void load_lse(TensorS& scores, float (&lse)[kQueries], float const* sLse,
-                                   float scale_log2, int thread) {
+                                   float scale_log2, float keep_log2, int thread) {
     auto where    = coordinates(thread);
     float largest = 0.f;
     CUTE_UNROLL
@@ -252,7 +252,8 @@ struct BwdMainloop {
       for (int c = 0; c < kQueries; ++c) {
         CUTE_UNROLL
         for (int r = 0; r < size<0>(scores); ++r) {
-          scores(r, c) = fminf(scores(r, c), lse[c] / scale_log2);
+          float const real = may_have(kLevel, Level::kDropout) ? lse[c] + keep_log2 : lse[c];
+          scores(r, c)     = fminf(scores(r, c), real / scale_log2);
         }
       }
     }
@@ -271,11 +272,13 @@ struct BwdMainloop {
     }
   }
 
-  // Dropped weights of P^T become negative: the sign is where both gradients look for them.
+  // Dropped weights of P^T become negative: the sign is where both gradients look for them.  A warp with 32 queries has whole
+  // 32 x 16 blocks of random numbers, others half of each.
   template <class TensorS>
-  CUTE_DEVICE static void mark_dropped(TensorS& tSrS, DropoutBits bits, int head,
-                                       uint32_t keep_below, int row0, int col0, int thread) {
-    bits.pair += head;
+  CUTE_DEVICE static void mark_dropped(TensorS& tSrS, DropoutBits random, int head,
+                                       KeepRule const& keep, int row0, int col0, int thread) {
+    constexpr int kHalves = Traits::kSdpQueries == 1 && kSubM % 32 == 0 ? 2 : 1;
+    random.pair += head;
     // Coordinates of the warp's first lane: corners of 16 x 16 blocks.
     auto corner = typename Traits::MmaSdp{}
                       .get_slice(thread / 32 * 32)
@@ -283,18 +286,20 @@ struct BwdMainloop {
     CUTE_UNROLL
     for (int m = 0; m < size<1>(tSrS); ++m) {
       CUTE_UNROLL
-      for (int n = 0; n < size<2>(tSrS); n += 2) {
-        int const row16 = (row0 + int(get<1>(corner(0, m, n)))) / 16,
-                  col16 = (col0 + int(get<0>(corner(0, m, n)))) / 16;
-        Random4 const r = bits.block(row16, col16, thread % 32);
+      for (int n = 0; n < size<2>(tSrS); n += 2 * kHalves) {
+        int const row16      = (row0 + int(get<1>(corner(0, m, n)))) / 16,
+                  col16      = (col0 + int(get<0>(corner(0, m, n)))) / 16;
+        BlockBits const bits = random.block(row16 / 2, col16, thread % 32);
         CUTE_UNROLL
-        for (int i = 0; i < 4;
-             ++i) {  // word i: query half i % 2, key half i / 2; across: keys down
-          uint32_t const word = transpose_8x8(r.word[i]);
-          float& low          = tSrS(i / 2 * 2, m, n + i % 2);
-          float& high         = tSrS(i / 2 * 2 + 1, m, n + i % 2);
-          low                 = keeps_low(word, keep_below) ? low : -low;
-          high                = keeps_high(word, keep_below) ? high : -high;
+        for (int j = 0; j < 4 * kHalves; ++j) {
+          // Word i: query half i % 2, key half i / 2; across: keys down.
+          int const i = j % 4, half = kHalves == 1 ? row16 % 2 : j / 4,
+                    query8    = n + j / 4 * 2 + i % 2;
+          KeptPair const kept = kept_pair(transpose_8x8(bits.pair(i, half)), keep);
+          float& even         = tSrS(i / 2 * 2, m, query8);
+          float& odd          = tSrS(i / 2 * 2 + 1, m, query8);
+          even                = kept.even ? even : -even;
+          odd                 = kept.odd ? odd : -odd;
         }
       }
     }
@@ -305,24 +310,21 @@ struct BwdMainloop {
     return result;
   }
 
-  // P^T without its dropped weights.
+  // P^T, rounded, without its dropped weights.
   template <class TensorS>
-  CUTE_DEVICE static auto kept(TensorS const& tSrS) {
+  CUTE_DEVICE static auto round_kept(TensorS const& tSrS) {
     if constexpr (may_have(kLevel, Level::kDropout)) {
-      auto result = make_tensor<float>(tSrS.layout());
-      CUTE_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) { result(i) = fmaxf(tSrS(i), 0.f); }
-      return result;
+      return round_positive<Element>(tSrS);
     } else {
-      return tSrS;
+      return round_to<Element>(tSrS);
     }
   }
 
-  // dP^T becomes dS^T = P^T (dP^T - delta); with dropout, dP^T is that of the kept weights, times keep_scale.  The gradient then goes
-  // through inner(row, column, gradient, P).
+  // dP^T becomes dS^T = P^T (dP^T - delta), with dropout dP^T for kept weights alone.  The gradient then goes through
+  // inner(row, column, gradient, P).
   template <class TensorS, class Inner>
   CUTE_DEVICE static void score_gradients(TensorS& tSrdP, TensorS const& tSrP, float const* sDelta,
-                                          float keep_scale, int thread, Inner inner) {
+                                          int thread, Inner inner) {
     auto gradients = make_tensor(tSrdP.data(), rows_columns(tSrdP.layout()));
     auto p         = make_tensor(tSrP.data(), rows_columns(tSrP.layout()));
     auto where     = coordinates(thread);
@@ -332,8 +334,8 @@ struct BwdMainloop {
       CUTE_UNROLL
       for (int r = 0; r < size<0>(gradients); ++r) {
         if constexpr (may_have(kLevel, Level::kDropout)) {
-          float const dp = p(r, c) > 0.f ? gradients(r, c) : 0.f, weight = fabsf(p(r, c));
-          gradients(r, c) = inner(r, c, weight * fmaf(dp, keep_scale, -delta), weight);
+          float const kept = fmaxf(p(r, c), 0.f), weight = fabsf(p(r, c));
+          gradients(r, c) = inner(r, c, fmaf(kept, gradients(r, c), -weight * delta), weight);
         } else {
           gradients(r, c) = inner(r, c, p(r, c) * (gradients(r, c) - delta), p(r, c));
         }

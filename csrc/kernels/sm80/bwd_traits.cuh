@@ -30,7 +30,7 @@ struct BwdTraits {
   template <int kWarpsM>
   using WarpMma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarpsM>, Int<kWarps / kWarpsM>, _1>>,
                            Tile<Int<16 * kWarpsM>, Int<16 * (kWarps / kWarpsM)>, _16>>;
-  // General: a warp's columns are whole runs of 16 queries, as the blocks of dropout are.
+  // General: a warp's columns are whole runs of 16 queries, as the halves of dropout's blocks are.
   static constexpr int kSdpQueries = kWarps / kTile.sdp_keys;
   using SdpColumns                 = Layout<Shape<_8, Int<kSdpQueries>, _2>, Stride<_1, _16, _8>>;
   using GeneralSdp =

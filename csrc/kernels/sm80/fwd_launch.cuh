@@ -27,7 +27,7 @@ template <int kHeadDim, class Element>
 cudaError_t launch_fwd(FwdParams const& params, cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
   choose_kernel(params.problem, [&](auto mask, auto level) {
-    using Traits = FwdTraits<kHeadDim, Element, fwd_is_general(kHeadDim, level)>;
+    using Traits = FwdTraits<kHeadDim, Element, fwd_is_general(level)>;
     status       = launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask, level>, stream);
   });
   return status;

@@ -17,7 +17,6 @@ namespace flash::sm80 {
 //   softmax n+1   S -> maxima, rescaling of O, exponentials (all or the first, rounded to P); loads of K(n-1), V(n) are started
 //   products n    O += P(n+1) V(n+1), beside it the other exponentials; S(n) = Q K(n)^T
 //   barrier       K(n), V(n+1) have been read by all warps; K(n-1), V(n) have arrived
-//
 template <class Traits, MaskKind kMask, Level kLevel>
 struct FwdMainloop {
   using Element = typename Traits::Element;
@@ -27,32 +26,55 @@ struct FwdMainloop {
   using CopyQ   = TileCopy<Element, Traits::kBlockM, Traits::kHeadDim, Traits::kThreads>;
   static constexpr int kStages   = Traits::kStages;
   static constexpr bool kHasLeft = Visibility<kMask>::kHasLeft;
-
-  // One head's matrices in global memory.
-  struct Operands {
+  // Rows of one of the MMA's row atoms.  Half steps (pieces/visibility.cuh) work on one of two.
+  static constexpr int kAtomRows = 16 * Traits::kWarps, kAtoms = Traits::kBlockM / kAtomRows;
+  static constexpr bool kHalves = kAtoms == 2 && kMask != MaskKind::kNone &&
+                                  kLevel == Level::kPlain &&
+                                  Traits::kHeadDim <= 64;  // larger: spilled
+  // One query tile's matrices in global memory, from its first rows of Q and its sequence's first rows of K and V on.
+  struct Tile {
     Element const *q, *k, *v;
     int64_t q_row_stride, k_row_stride, v_row_stride;
+    int head_dim, m_block;
+    Visibility<kMask> see;
+    BlockRange blocks;       // not empty
     SavedTile const* saved;  // in shared memory; read where kLevel needs it
-    uint32_t keep_below;
+    KeepRule keep;
   };
 
-  // tOrO (MMA, MMA_M, MMA_N) must be zero on entry.  blocks must not be empty.
-  template <class TensorO, class Softmax_>
-  CUTE_DEVICE static void run(Operands const& in, Visibility<kMask> const& see,
-                              BlockRange const& blocks, int m_block, int head_dim, Element* smem,
-                              TensorO& tOrO, Softmax_& softmax) {
-    int const thread = threadIdx.x, row0 = m_block * Traits::kBlockM;
-    Element* const smem_k = smem + TileQ::kSize;
-    Element* const smem_v = smem_k + kStages * TileKV::kSize;
-    auto sQ               = TileQ::tensor(smem);
+  Element* const smem;
 
-    // Loads, right to left.  The first K and V may be ragged.
-    int n_block            = blocks.end - 1;
-    int64_t const last_row = int64_t(n_block) * Traits::kBlockN;
-    int const rows_left    = see.seqlen_k - int(last_row);
-    Copy copy_k(in.k + last_row * in.k_row_stride, in.k_row_stride, head_dim, thread);
-    Copy copy_v(in.v + last_row * in.v_row_stride, in.v_row_stride, head_dim, thread);
-    // Without windows known: costs no register.  With them kept where there is a register for it.
+  // Starts the loads of a tile's Q, last two K and last V.
+  CUTE_DEVICE void start(Tile const& tile) const {
+    int const lane = threadIdx.x, n_block = tile.blocks.end - 1;
+    int const row0      = tile.m_block * Traits::kBlockM;
+    int const rows_left = tile.see.seqlen_k - n_block * Traits::kBlockN;
+    CopyQ(tile.q + row0 * tile.q_row_stride, tile.q_row_stride, tile.head_dim, lane)
+        .template start<true>(TileQ::tensor(smem), tile.see.seqlen_q - row0, lane);
+    Copy copy_k = copy_of(tile.k, tile.k_row_stride, n_block, tile.head_dim, lane);
+    copy_k.template start<true>(stage_k(0), rows_left, lane);
+    cp_async_commit();
+    copy_of(tile.v, tile.v_row_stride, n_block, tile.head_dim, lane)
+        .template start<true>(stage_v(0), rows_left, lane);
+    if (n_block > tile.blocks.first) {
+      copy_k.move(-Traits::kBlockN * tile.k_row_stride);
+      copy_k.template start<false>(stage_k(1), 0, lane);
+    }
+    cp_async_commit();
+  }
+
+  // The tile whose loads have been started, to tOrO (MMA, MMA_M, MMA_N).
+  template <class TensorO, class Softmax_>
+  CUTE_DEVICE void run(Tile const& in, TensorO& tOrO, Softmax_& softmax) const {
+    int const thread = opaque(threadIdx.x), row0 = in.m_block * Traits::kBlockM;
+    Visibility<kMask> const& see = in.see;
+    BlockRange const& blocks     = in.blocks;
+    auto sQ                      = TileQ::tensor(smem);
+    int n_block = blocks.end - 1, stage = 0;  // of the K and V that are used next
+    // Where start() ended.
+    Copy copy_k = copy_of(in.k, in.k_row_stride, n_block - 1, in.head_dim, thread);
+    Copy copy_v = copy_of(in.v, in.v_row_stride, n_block, in.head_dim, thread);
+    // Known without windows; with them kept where there is a register for it.
     constexpr bool kKeep = Traits::kHeadDim <= 96;
     auto const first     = [&] {
       if (!kHasLeft) { return 0; }
@@ -61,203 +83,252 @@ struct FwdMainloop {
     auto load_next_k = [&](int n_block, int stage, int lane) {
       if (n_block >= first()) {
         copy_k.move(-Traits::kBlockN * in.k_row_stride);
-        copy_k.template start<false>(TileKV::tensor(smem_k + stage * TileKV::kSize), 0, lane);
+        copy_k.template start<false>(stage_k(stage), 0, lane);
       }
     };
     auto load_next_v = [&](int n_block, int stage, int lane) {
       if (n_block >= first()) {
         copy_v.move(-Traits::kBlockN * in.v_row_stride);
-        copy_v.template start<false>(TileKV::tensor(smem_v + stage * TileKV::kSize), 0, lane);
+        copy_v.template start<false>(stage_v(stage), 0, lane);
       }
     };
-    CopyQ(in.q + row0 * in.q_row_stride, in.q_row_stride, head_dim, thread)
-        .template start<true>(sQ, see.seqlen_q - row0, thread);
-    copy_k.template start<true>(TileKV::tensor(smem_k), rows_left, thread);
-    cp_async_commit();
-    copy_v.template start<true>(TileKV::tensor(smem_v), rows_left, thread);
-    load_next_k(blocks.end - 2, 1, thread);
-    cp_async_commit();
     cp_async_wait<1>();
-    __syncthreads();  // PROTECTS: every thread's part of Q and the first K is in shared memory.
+    __syncthreads();  // PROTECTS: every thread's part of Q and the first K is in shared memory, and what in.saved holds.
 
     auto tSrQ = Traits::OperandQ::fragments(sQ, thread);
     if constexpr (Traits::kQInRegs) {
       tSrQ = load_fragments<typename Traits::OperandQ>(sQ, thread);
     }
     typename Traits::TiledMma mma;
-    auto o_rows       = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
     auto tSrS         = partition_fragment_C(mma, TileS{});
-    auto scores       = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
     auto tSrP         = make_tensor<Element>(tSrS.layout());
     auto tOrP         = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
-    int stage         = 0;
     auto end_products = [&]() {
       cp_async_wait<0>();
       __syncthreads();  // PROTECTS: the loads started in the last softmax have arrived; no warp reads the stages refilled next.
     };
-    // P of k-step k.
-    auto finish_step = [&](int k, int lane) {
+    auto const first_row = [&] {
+      return !kHasLeft || kKeep ? opaque(row0) : read_now(in.saved->site.block) * Traits::kBlockM;
+    };
+    auto const see_now = [&] { return kHasLeft ? in.saved->template see<kMask>() : see; };
+    // P of k-step k.  atoms: the rows that a step is about.
+    auto finish_step = [&](auto atoms, int k, int lane) {
+      auto tSrP_part = atoms.of(tSrP);
+      round_step(tSrP_part, atoms.of(tSrS), k);
       if constexpr (may_have(kLevel, Level::kDropout)) {
         if (decided<kLevel>(Level::kDropout, in.saved->features.drops)) {
-          drop(tSrS, kKeep ? in.saved->features.dropout : read_now(in.saved->features.dropout),
-               in.keep_below, read_now(in.saved->site.block) * Traits::kBlockM,
-               n_block * Traits::kBlockN, k, lane);
+          drop(tSrP, kKeep ? in.saved->features.dropout : read_now(in.saved->features.dropout),
+               in.keep, read_now(in.saved->site.block) * Traits::kBlockM, n_block * Traits::kBlockN,
+               k, lane);
         }
       }
-      round_step(tSrP, tSrS, k);
     };
-    auto softmax_phase = [&](auto masked) {
-      // Shared memory addresses that depend on the thread are worth fewer registers than they would take across steps.
+    auto softmax_phase = [&](auto masked, auto atoms) {
+      // Addresses that depend on the thread are worth fewer registers than they would take across steps.
       int const lane = opaque(thread);
       load_next_k(n_block - 2, stage, lane);
       load_next_v(n_block - 1, stage ^ 1, lane);
       cp_async_commit();
-      auto const first_row = [&] {
-        return !kHasLeft || kKeep ? opaque(row0) : read_now(in.saved->site.block) * Traits::kBlockM;
-      };
-      auto const see_now = [&] { return kHasLeft ? in.saved->template see<kMask>() : see; };
       if constexpr (changes_scores(kLevel)) {
         ScoreMod const mod = in.saved->features.score_mod;
         mod.template apply<kLevel, false, typename Traits::TiledMma, TileS>(
             tSrS, in.saved->site.block * Traits::kBlockM, n_block * Traits::kBlockN,
             see_now().shift(), lane);
       }
+      auto tSrS_part = atoms.of(tSrS);
       // With kAll, where it is decided at run time, a loop of at most one round: a branch would become predicated instructions,
       // issued in every step.
       for (int round = run_time_flag(masked); round > 0; --round) {
         // The shuffle returns the thread's own index.  Unlike the index it cannot be moved out of the loop, where what follows
         // from it would be kept for the mask and spilled.
-        mask_scores<false, typename Traits::TiledMma, TileS>(tSrS, see_now(), first_row(),
-                                                             n_block * Traits::kBlockN,
-                                                             __shfl_sync(~0u, lane, lane % 32));
+        mask_scores<false, typename Traits::TiledMma, TileOf<decltype(atoms)>>(
+            tSrS_part, see_now(), first_row() + atoms.kFirst * kAtomRows, n_block * Traits::kBlockN,
+            __shfl_sync(~0u, lane, lane % 32));
       }
+      auto scores        = rows_of(tSrS_part);
+      auto tOrO_part     = atoms.of(tOrO);
+      auto o_rows        = rows_of(tOrO_part);
+      constexpr int kRow = 2 * atoms.kFirst;
       // Scores after tanh may be small enough to be exponentiated as they are.
-      if (!(kBounded && softmax.is_bounded())) { softmax.update(scores, o_rows); }
+      if (!(kBounded && softmax.is_bounded())) { softmax.template update<kRow>(scores, o_rows); }
       CUTE_UNROLL
       for (int k = 0; k < kEarly; ++k) {
-        exponentials(softmax, scores, k * kStepColumns, (k + 1) * kStepColumns);
-        finish_step(k, lane);
+        exponentials<kRow>(softmax, scores, k * kStepColumns, (k + 1) * kStepColumns);
+        finish_step(atoms, k, lane);
       }
     };
-    auto multiply_values = [&](int lane) {
+    auto multiply_values = [&](int lane, auto atoms) {
+      auto tSrS_part    = atoms.of(tSrS);
+      auto scores       = rows_of(tSrS_part);
       auto const beside = [&](int part) {
         int const k = part / kStepParts + kEarly, j = part % kStepParts;
         if (k * kStepColumns < kColumns) {
-          exponentials(softmax, scores, k * kStepColumns + j * kStepColumns / kStepParts,
-                       k * kStepColumns + (j + 1) * kStepColumns / kStepParts);
-          if (j == kStepParts - 1) { finish_step(k, lane); }
+          exponentials<2 * atoms.kFirst>(softmax, scores,
+                                         k * kStepColumns + j * kStepColumns / kStepParts,
+                                         k * kStepColumns + (j + 1) * kStepColumns / kStepParts);
+          if (j == kStepParts - 1) { finish_step(atoms, k, lane); }
         }
       };
-      gemm_rs<typename Traits::OperandV>(
-          mma, tOrO, tOrP, TileKV::transposed(smem_v + stage * TileKV::kSize), lane, beside);
+      auto tOrO_part = atoms.of(tOrO);
+      auto tOrP_part = atoms.of(tOrP);
+      gemm_rs<typename Traits::OperandV>(mma, tOrO_part, tOrP_part,
+                                         TileKV::transposed(smem_v() + stage * TileKV::kSize), lane,
+                                         beside);
     };
     // O += P V of this block, then S of the next one.
-    auto product_phase = [&]() {
+    auto product_phase = [&](auto atoms, auto next_atoms) {
       int const lane = opaque(thread), other = stage ^ 1;
-      multiply_values(lane);
+      multiply_values(lane, atoms);
       --n_block;
-      multiply_scores(tSrS, tSrQ, sQ, smem_k + other * TileKV::kSize, lane);
+      multiply_scores(next_atoms, tSrS, tSrQ, sQ, stage_k(other), lane);
       end_products();
       stage = other;
     };
     if (kBounded && softmax.is_bounded()) { softmax.start_bounded(); }
     // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
-    multiply_scores(tSrS, tSrQ, sQ, smem_k, thread);
-    end_products();
+    if (kHalves && agreed(read_now(in.saved->half_steps.begins))) {
+      multiply_scores(Lower{}, tSrS, tSrQ, sQ, stage_k(stage), thread);
+      clear_now<kLateO>(tOrO);
+      end_products();
+      softmax_phase(true_type{}, Lower{});
+      product_phase(Lower{}, All{});
+    } else {
+      multiply_scores(All{}, tSrS, tSrQ, sQ, stage_k(stage), thread);
+      clear_now<kLateO>(tOrO);
+      end_products();
+    }
     if constexpr (kOneBody) {
       while (true) {
-        softmax_phase(in.saved->blocks.needs_mask(n_block));
-        multiply_values(opaque(thread));
-        if (n_block == first()) { return; }
+        softmax_phase(in.saved->blocks.needs_mask(n_block), All{});
+        if (n_block == first()) { break; }
+        multiply_values(opaque(thread), All{});
         stage ^= 1;
         --n_block;
-        multiply_scores(tSrS, tSrQ, sQ, smem_k + stage * TileKV::kSize, opaque(thread));
+        multiply_scores(All{}, tSrS, tSrQ, sQ, stage_k(stage), opaque(thread));
         end_products();
       }
-    } else {
-      if constexpr (kHasLeft) {  // masked at both ends
-        if constexpr (!kFirstInLoop) { softmax_phase(true_type{}); }
-        while (kFirstInLoop || n_block > first()) {
-          if constexpr (!kFirstInLoop) { product_phase(); }
-          if (read_now(in.saved->blocks).needs_mask(n_block)) {
-            softmax_phase(true_type{});
-          } else {
-            softmax_phase(false_type{});
-          }
-          if constexpr (kFirstInLoop) {
-            if (n_block == first()) { break; }
-            product_phase();
-          }
+    } else if constexpr (kHasLeft) {  // masked at both ends
+      if constexpr (!kFirstInLoop) { softmax_phase(true_type{}, All{}); }
+      while (kFirstInLoop || n_block > first()) {
+        if constexpr (!kFirstInLoop) { product_phase(All{}, All{}); }
+        if (agreed(read_now(in.saved->blocks).needs_mask(n_block))) {
+          softmax_phase(true_type{}, All{});
+        } else {
+          softmax_phase(false_type{}, All{});
         }
-      } else {
-        softmax_phase(true_type{});
-        if constexpr (Visibility<kMask>::kHasRight) {
-          while (n_block > max_of(blocks.right_begin, first())) {
-            product_phase();
-            softmax_phase(true_type{});
-          }
-        }
-        while (n_block > first()) {
-          product_phase();
-          softmax_phase(false_type{});
+        if constexpr (kFirstInLoop) {
+          if (n_block == (kHalves ? read_now(in.saved->half_steps.last_whole) : first())) { break; }
+          product_phase(All{}, All{});
         }
       }
+    } else {
+      softmax_phase(true_type{}, All{});
+      if constexpr (Visibility<kMask>::kHasRight) {
+        while (n_block > max_of(blocks.right_begin, first())) {
+          product_phase(All{}, All{});
+          softmax_phase(true_type{}, All{});
+        }
+      }
+      while (n_block > first()) {
+        product_phase(All{}, All{});
+        softmax_phase(false_type{}, All{});
+      }
     }
-    multiply_values(opaque(thread));
+    bool const upper = kHalves && kHasLeft && n_block > first();
+    if (upper) {
+      product_phase(All{}, Upper{});
+      softmax_phase(true_type{}, Upper{});
+      multiply_values(opaque(thread), Upper{});
+    } else {
+      multiply_values(opaque(thread), All{});
+    }
   }
 
  private:
-  using TileS                   = Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>;
+  using TileS = Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>;
+  // What a step works on.
+  using All   = RowAtoms<0, kAtoms>;
+  using Upper = RowAtoms<0, 1>;
+  using Lower = RowAtoms<kAtoms - 1, kAtoms>;
+  template <class Atoms_>
+  using TileOf                  = Shape<Int<Atoms_::kCount * kAtomRows>, Int<Traits::kBlockN>>;
   static constexpr int kColumns = Traits::kBlockN / 4;  // score columns per thread
   // A k-step of P V: 16 keys, that is two n8 atoms of S with two columns each per thread; one ldmatrix.x4 per 16 of head_dim.
   static constexpr int kStepColumns = 4, kStepParts = Traits::kHeadDim / 16;
   static constexpr int kEarly = early_steps(Traits::kTile, Traits::kHeadDim, kLevel);
-  // Whether the first block's softmax shares the loop's instructions: with it head dimensions 96 and 128 need fewer registers, 64
-  // and 256 more.
-  static constexpr bool kFirstInLoop = Traits::kHeadDim == 96 || Traits::kHeadDim == 128;
+  // Whether the first block's softmax shares the loop's instructions: with it 96 and 128 need fewer registers, 64 and 256 more.
+  static constexpr bool kFirstInLoop =
+      Traits::kHeadDim == 96 || Traits::kHeadDim == 128 || (kHalves && kHasLeft);
+  // Whether O gets its registers after the first product, or when the compiler likes; what needs fewer.
+  static constexpr bool kLateO = Traits::kHeadDim != 256 || !kHasLeft || changes_scores(kLevel);
+  // A vote tells the compiler that a condition is the same for all lanes.  It is worth its time, but some kernels spill with it.
+  CUTE_DEVICE static bool agreed(bool condition) {
+    constexpr bool kVotes = Traits::kHeadDim <= 128 && !changes_scores(kLevel);
+    return kVotes ? bool(__any_sync(~0u, condition)) : condition;
+  }
   // Steps with and without mask share their instructions.
   static constexpr bool kOneBody = kLevel == Level::kAll;
   static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&
                                    std::is_same_v<Element, cutlass::bfloat16_t>;
+  //   | Q | K stage 0 | K stage 1 | V stage 0 | V stage 1 |
+  CUTE_DEVICE Element* smem_v() const { return smem + TileQ::kSize + kStages * TileKV::kSize; }
+  CUTE_DEVICE auto stage_k(int stage) const {
+    return TileKV::tensor(smem + TileQ::kSize + stage * TileKV::kSize);
+  }
+  CUTE_DEVICE auto stage_v(int stage) const {
+    return TileKV::tensor(smem_v() + stage * TileKV::kSize);
+  }
+
+  CUTE_DEVICE static Copy copy_of(Element const* rows, int64_t row_stride, int n_block,
+                                  int head_dim, int thread) {
+    return Copy(rows + int64_t(n_block) * Traits::kBlockN * row_stride, row_stride, head_dim,
+                thread);
+  }
 
   CUTE_DEVICE static constexpr int run_time_flag(true_type) { return 1; }
   CUTE_DEVICE static constexpr int run_time_flag(false_type) { return 0; }
   CUTE_DEVICE static int run_time_flag(bool flag) { return opaque(int(flag)); }
 
-  template <class Softmax_, class TensorS>
+  template <int kRow, class Softmax_, class TensorS>
   CUTE_DEVICE static void exponentials(Softmax_& softmax, TensorS& scores, int begin, int end) {
     CUTE_UNROLL
-    for (int c = begin; c < end; ++c) { softmax.exponentials(scores, c); }
+    for (int c = begin; c < end; ++c) { softmax.template exponentials<kRow>(scores, c); }
   }
-
   // S = Q K^T
-  template <class TensorS, class TensorRQ, class TensorSQ>
-  CUTE_DEVICE static void multiply_scores(TensorS& tSrS, TensorRQ& tSrQ, TensorSQ const& sQ,
-                                          Element* stage_k, int thread) {
+  template <class Atoms_, class TensorS, class TensorRQ, class TensorSQ, class TensorSK>
+  CUTE_DEVICE static void multiply_scores(Atoms_ atoms, TensorS& tSrS, TensorRQ& tSrQ,
+                                          TensorSQ const& sQ, TensorSK const& sK, int thread) {
     typename Traits::TiledMma mma;
-    clear(tSrS);
+    auto tSrS_part = atoms.of(tSrS);
+    clear(tSrS_part);
     if constexpr (Traits::kQInRegs) {
-      gemm_rs<typename Traits::OperandK>(mma, tSrS, tSrQ, TileKV::tensor(stage_k), thread);
+      auto tSrQ_part = atoms.of(tSrQ);
+      gemm_rs<typename Traits::OperandK>(mma, tSrS_part, tSrQ_part, sK, thread);
     } else {
-      gemm_ss<typename Traits::OperandQ, typename Traits::OperandK>(
-          mma, tSrS, sQ, TileKV::tensor(stage_k), thread);
+      auto const sQ_part =
+          local_tile(sQ, Shape<Int<Atoms_::kCount * kAtomRows>, Int<Traits::kHeadDim>>{},
+                     make_coord(Int<Atoms_::kFirst / Atoms_::kCount>{}, _0{}));
+      gemm_ss<typename Traits::OperandQ, typename Traits::OperandK>(mma, tSrS_part, sQ_part, sK,
+                                                                    thread);
     }
   }
 
-  // Drops weights of k-step k: 16 keys, in 16 x 16 blocks of which this lane holds eight weights.
-  template <class TensorS>
-  CUTE_DEVICE static void drop(TensorS& tSrS, DropoutBits const& bits, uint32_t keep_below,
+  // Drops weights of k-step k: 16 keys.  A warp with two m16 tiles has whole 32 x 16 blocks of random numbers, one with a single
+  // tile half of each.
+  template <class TensorP>
+  CUTE_DEVICE static void drop(TensorP& tSrP, DropoutBits const& random, KeepRule const& keep,
                                int row0, int col0, int k, int thread) {
+    constexpr int kTiles = decltype(size<1>(tSrP))::value;
+    static_assert(kTiles == 1 || Traits::kWholeRuns, "two m16 tiles are a run of 32 rows");
+    auto pairs           = recast<uint32_t>(tSrP);  // (2, MMA_M, MMA_N)
+    int const row16      = row0 / 16 + thread / 32 * kTiles;
+    BlockBits const bits = random.block(row16 / 2, col0 / 16 + k, thread % 32);
     CUTE_UNROLL
-    for (int m = 0; m < size<1>(tSrS); ++m) {
-      int const row16 = (row0 + m * 16 * Traits::kWarps) / 16 + thread / 32;
-      Random4 const r = bits.block(row16, col0 / 16 + k, thread % 32);
+    for (int m = 0; m < kTiles; ++m) {
+      int const half = kTiles == 1 ? row16 % 2 : m;
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {  // word i: row half i % 2, column half i / 2
-        float& low  = tSrS(i % 2 * 2, m, 2 * k + i / 2);
-        float& high = tSrS(i % 2 * 2 + 1, m, 2 * k + i / 2);
-        low         = keeps_low(r.word[i], keep_below) ? low : 0.f;
-        high        = keeps_high(r.word[i], keep_below) ? high : 0.f;
+        pairs(i % 2, m, 2 * k + i / 2) &= kept_mask(bits.pair(i, half), keep);
       }
     }
   }

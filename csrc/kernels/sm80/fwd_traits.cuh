@@ -24,8 +24,12 @@ struct FwdTraits {
   static_assert(16 * kTile.early <= kBlockN, "early counts the k-steps of one block");
 
   // Warps only along the rows: S and P never cross a warp.
-  using TiledMma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarps>, _1, _1>>,
-                            Tile<Int<16 * kWarps>, _16, _16>>;
+  // General: a warp's two m16 tiles are a run of 32 rows, as the blocks of dropout are.
+  static constexpr bool kWholeRuns = kGeneral && kBlockM == 32 * kWarps;
+  using Runs                       = Layout<Shape<_16, Int<kWarps>, _2>, Stride<_1, _32, _16>>;
+  using TileM                      = std::conditional_t<kWholeRuns, Runs, Int<16 * kWarps>>;
+  using TiledMma =
+      TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<TileM, _16, _16>>;
 
   using TileQ  = SmemTile<kBlockM, kHeadDim>;  // later O
   using TileKV = SmemTile<kBlockN, kHeadDim>;
