@@ -1,5 +1,5 @@
 #pragma once
-// Accumulators to global memory through shared memory, 16 bytes per thread and store.
+// Accumulators to global memory, 16 bytes per thread and store: through shared memory, or with trades between lanes.
 // Used by: the epilogues of forward and backward.  Invariant: rows >= rows and columns >= head_dim are never written.
 #include <cute/tensor.hpp>
 
