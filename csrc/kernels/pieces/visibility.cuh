@@ -1,6 +1,6 @@
 #pragma once
 // Who sees whom: which keys a query row may read, which queries a key reaches, and which blocks that makes.
-// Used by: the forward main loop (key_blocks), the backward main loop (query_blocks), mask.cuh.
+// Used by: the forward kernel (key_blocks, half_steps), the backward kernel (query_blocks), mask.cuh.
 // Plain integers, no CuTe: compiles with g++ and is checked exhaustively on the CPU.
 #include "flash.h"
 #include "pieces/integers.cuh"
