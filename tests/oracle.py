@@ -20,7 +20,8 @@ class Result:
 
     Variable length: out, dq (total_q, h, d); lse (h, total_q); dk, dv (total_k, hk, d).
     rng_state: the (seed, offset) of an implementation's dropout.
-    dq_slack, dk_slack: what an oracle's dq and dk do not tell to be wrong; see _delta_slack.
+    dq_slack, dk_slack, dv_slack: what of an error an oracle does not count; see _delta_rounding and
+    _score_rounding.
     """
 
     out: Tensor
@@ -31,6 +32,7 @@ class Result:
     rng_state: Tensor | None = None
     dq_slack: Tensor | None = None
     dk_slack: Tensor | None = None
+    dv_slack: Tensor | None = None
 
 
 def offsets(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
@@ -142,7 +144,20 @@ def attention_oracle(
     most = _per_kv_head(by_delta.abs().transpose(2, 3) @ query.abs(), heads_kv)
     square = _per_kv_head(by_delta.square().transpose(2, 3) @ query.square(), heads_kv)
     result.dk_slack = torch.minimum(most, 1.5 * square.sqrt())
+    by_score = weights * kept * abs(scale) * _score_rounding(query, key, q.dtype)
+    result.dv_slack = _per_kv_head(by_score.transpose(2, 3) @ grad.abs(), heads_kv)
     return result
+
+
+def _score_rounding(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far off the products in query @ key^T are, added up in whatever order.
+
+    A weight that is recomputed as exp(score - lse) has the relative error of both roundings, and they
+    differ where the passes multiply tiles of different shapes.  The peer divides by a sum of the same
+    numbers: where one key has all the weight, its weight is 1 exactly.
+    """
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return 2 * eps * (query.abs() @ key.abs().mT)
 
 
 def _delta_rounding(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,7 +245,8 @@ def per_sequence(
     if dout is not None or dlse is not None:
         grads = (torch.zeros(x.shape, dtype=dtypes[0], device=q.device) for x in (q, k, v))
         whole.dq, whole.dk, whole.dv = grads
-        whole.dq_slack, whole.dk_slack = torch.zeros_like(whole.dq), torch.zeros_like(whole.dk)
+        slacks = (torch.zeros_like(grad) for grad in (whole.dq, whole.dk, whole.dv))
+        whole.dq_slack, whole.dk_slack, whole.dv_slack = slacks
     for n in range(len(cu_seqlens_q) - 1):
         rows = slice(cu_seqlens_q[n], cu_seqlens_q[n + 1])
         cols = slice(cu_seqlens_k[n], cu_seqlens_k[n + 1])
@@ -248,7 +264,8 @@ def per_sequence(
         if whole.dq is not None:
             whole.dq[rows], whole.dk[cols], whole.dv[cols] = part.dq[0], part.dk[0], part.dv[0]
         if part.dq_slack is not None:
-            whole.dq_slack[rows], whole.dk_slack[cols] = part.dq_slack[0], part.dk_slack[0]
+            whole.dq_slack[rows] = part.dq_slack[0]
+            whole.dk_slack[cols], whole.dv_slack[cols] = part.dk_slack[0], part.dv_slack[0]
     return whole
 
 
@@ -298,7 +315,7 @@ def assert_close_rule(
     reference = torch.where(finite, want, 0.0)
     error = torch.where(finite, ours.detach().double() - want, 0.0).abs()
     if slack is not None:
-        error = (error - slack).clamp(min=0)
+        error = (error - torch.where(torch.isfinite(slack), slack, 0.0)).clamp(min=0)
     peer_error = torch.where(finite, peer.double() - want, 0.0).abs()
     peer_error = torch.where(torch.isfinite(peer_error), peer_error, 0.0)
     half_ulp = torch.finfo(ours.dtype).eps / 2
@@ -364,7 +381,6 @@ def check_result(ours: Result, peer: Result, want: Result, *, case: object) -> N
     assert_close_rule("out", ours.out, peer.out, want.out, factor=2.0, tiny=tiny, case=case)
     if ours.lse is not None and want.lse is not None:
         assert_lse_close(ours.lse, want.lse, case=case)
-    slacks = {"dq": want.dq_slack, "dk": want.dk_slack}
     for name in ("dq", "dk", "dv"):
         grad = getattr(ours, name)
         if grad is not None:
@@ -372,7 +388,7 @@ def check_result(ours: Result, peer: Result, want: Result, *, case: object) -> N
                 *(name, grad, getattr(peer, name), getattr(want, name)),
                 factor=3.0,
                 tiny=4 * tiny,
-                slack=slacks.get(name),
+                slack=getattr(want, f"{name}_slack"),
                 case=case,
             )
 
