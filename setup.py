@@ -14,6 +14,7 @@ torch is imported only to build, never for metadata.  `pip install -v` shows the
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -134,6 +135,11 @@ def short_progress() -> Iterator[None]:
         thread.join()
 
 
+def cxx_compiler() -> list[str]:
+    """The command that setuptools links C++ with."""
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+
+
 def make_extension(plan: Plan):
     """The flash_attn_2_cuda extension of a plan, with its generated sources written."""
     toolkit = plan.toolkit
@@ -168,7 +174,7 @@ def make_extension(plan: Plan):
             "cxx": includes + build_config.cxx_flags(toolkit, folders),
             "nvcc": includes + build_config.nvcc_flags(plan.archs),
         },
-        extra_link_args=["-Wl,--strip-debug"],
+        extra_link_args=["-Wl,--strip-debug", *build_config.shared_cxx_library(cxx_compiler())],
     )
 
 

@@ -404,6 +404,19 @@ def cxx_flags(toolkit: Toolkit, folders: Sequence[str] | None = None) -> list[st
     return flags
 
 
+def shared_cxx_library(compiler: Sequence[str]) -> list[str]:
+    """Flags that link the C++ library as torch does, where compiler finds only a static one.
+
+    A copy of its own inside the extension would crash where an exception's text is put together.
+    """
+    command = [*compiler, "-print-file-name=libstdc++.so"]  # prints the bare name if there is none
+    try:
+        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no such compiler: the build itself will say so
+        return []
+    return [] if os.path.isfile(found) else ["-l:libstdc++.so.6"]
+
+
 def library_include_folders(toolkit: Toolkit, folders: Iterable[str]) -> list[Path]:
     """Include folders of nvidia wheels that hold library headers the toolkit lacks."""
     missing = {h for h in LIBRARY_HEADERS if not (toolkit.include / h).is_file()}

@@ -360,6 +360,30 @@ def test_no_cudart_is_an_error(tmp_path: Path) -> None:
         build_config.cudart_folder(fake_toolkit(tmp_path / "c"), [], tmp_path / "scratch")
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_compiler_without_shared_cxx_library_links_that_of_torch(
+    tmp_path: Path, shared: bool
+) -> None:
+    library, compiler = tmp_path / "libstdc++.so", tmp_path / "c++"
+    if shared:
+        library.touch()
+    # As gcc does: the path of a library that is there, otherwise the name.
+    answer = library if shared else library.name
+    compiler.write_text(f'#!/bin/sh\n[ "$2" = -print-file-name=libstdc++.so ] && echo {answer}\n')
+    compiler.chmod(0o755)
+    expected = [] if shared else ["-l:libstdc++.so.6"]
+    assert build_config.shared_cxx_library([str(compiler), "-pthread"]) == expected
+    assert build_config.shared_cxx_library([str(tmp_path / "none")]) == []
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_name_of_the_shared_cxx_library_is_known_to_the_linker(tmp_path: Path) -> None:
+    source = tmp_path / "x.cpp"
+    source.write_text("#include <iostream>\nvoid print() { std::cout << 1; }\n")
+    command = ["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "x.so")]
+    subprocess.run([*command, "-l:libstdc++.so.6"], check=True)
+
+
 def test_every_arch_has_its_target() -> None:
     flags = " ".join(build_config.nvcc_flags((80, 90)))
     assert "-gencode arch=compute_80,code=sm_80" in flags
