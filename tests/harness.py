@@ -52,6 +52,9 @@ def capture(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         recorded = step()
+    # The capture's stream sets the generator's seed and offset, and nothing orders that before a
+    # replay on another stream: on a busy GPU it overwrote a replay's, torch.rand's too.
+    torch.cuda.synchronize()
     return graph, recorded
 
 
