@@ -71,9 +71,9 @@ void check_blocks(Visibility<kMask> const& m) {
   }
 }
 
-long half_steps_found = 0;
+long half_steps_found = 0, hidden_halves = 0, left_out = 0;
 
-// What half steps leave out is hidden.
+// What half steps, and products that leave out a half, leave out is hidden; and its block is masked, if the half has rows.
 template <int kM, int kN, MaskKind kMask>
 void check_half_steps(Visibility<kMask> const& m) {
   constexpr int kHalf = kM / 2;
@@ -81,8 +81,9 @@ void check_half_steps(Visibility<kMask> const& m) {
     BlockRange const r = key_blocks<kM, kN>(m, block);
     if (r.first >= r.end) continue;
     int const row0         = block * kM;
-    HalfSteps const halves = half_steps<kHalf, kN>(m, r, row0);
-    expect(halves.last_whole >= r.first && halves.last_whole <= r.end - 1 - halves.begins,
+    RowHalves const halves = row_halves<kN>(m, row0 + kHalf);
+    HalfSteps const steps  = half_steps(halves, r);
+    expect(steps.last_whole >= r.first && steps.last_whole <= r.end - 1 - steps.begins,
            CASE ": no whole step for block %d", ARGS, block);
     auto const sees_block = [&](int first_row, int n) {
       for (int q = first_row; q < first_row + kHalf; ++q)
@@ -90,11 +91,21 @@ void check_half_steps(Visibility<kMask> const& m) {
           if (sees(m, q, k)) return true;
       return false;
     };
-    expect(!halves.begins || !sees_block(row0, r.end - 1), CASE ": upper half of block %d", ARGS,
+    expect(!steps.begins || !sees_block(row0, r.end - 1), CASE ": upper half of block %d", ARGS,
            block);
-    for (int n = r.first; n < halves.last_whole; ++n)
+    for (int n = r.first; n < steps.last_whole; ++n)
       expect(!sees_block(row0 + kHalf, n), CASE ": lower half of block %d", ARGS, block);
-    half_steps_found += halves.begins + halves.last_whole - r.first;
+    half_steps_found += steps.begins + steps.last_whole - r.first;
+    for (int n = r.first; n < r.end; ++n) {
+      bool const upper = n < halves.upper_end, lower = n >= halves.lower_first;
+      bool const has_lower = row0 + kHalf < m.seqlen_q;
+      expect(upper || (!sees_block(row0, n) && r.needs_mask(n)), CASE ": upper half, %d %d", ARGS,
+             block, n);
+      expect(lower || !has_lower || (!sees_block(row0 + kHalf, n) && r.needs_mask(n)),
+             CASE ": lower half, %d %d", ARGS, block, n);
+      hidden_halves += !sees_block(row0, n) + (has_lower && !sees_block(row0 + kHalf, n));
+      left_out += !upper + (has_lower && !lower);
+    }
   }
 }
 
@@ -149,6 +160,8 @@ int main() {
 
   std::printf("%ld half steps\n", half_steps_found);
   expect(half_steps_found > 0, "no half step was found");
+  std::printf("%ld of %ld hidden halves of visited blocks left out\n", left_out, hidden_halves);
+  expect(left_out > 0 && left_out <= hidden_halves, "no hidden half is left out");
   std::printf("visited %ld blocks, %ld without a visible pair, %ld unmasked of %ld possible\n",
               visited, empty, unmasked, could_be_unmasked);
   expect(small_empty == 0, "%ld blocks visited for nothing", small_empty);

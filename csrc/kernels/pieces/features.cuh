@@ -27,9 +27,10 @@ CUTE_DEVICE BlockRange read_now(BlockRange const& range) {
 struct SavedTile {
   TileFeatures features;
   Site site;
-  BlockRange blocks;     // of the other axis that the tile visits
-  HalfSteps half_steps;  // forward
-  int head;              // of q in the forward pass, of k in the backward pass
+  BlockRange blocks;  // of the other axis that the tile visits
+  RowHalves halves;   // forward, as the next
+  HalfSteps half_steps;
+  int head;  // of q in the forward pass, of k in the backward pass
   int window_left, window_right;
   // Backward: query heads that share the key head; the first one's first query block in the workspace, and blocks from one to the next.
   int group, first_index, slots;

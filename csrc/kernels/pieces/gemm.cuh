@@ -3,6 +3,8 @@
 // Used by: every main loop.  Fragments of k-step k + 1 are loaded while the tensor cores work on k-step k.
 #include <cute/tensor.hpp>
 
+#include "pieces/mma_if.cuh"
+
 namespace flash {
 using namespace cute;
 
@@ -63,10 +65,11 @@ CUTE_DEVICE auto load_fragments(TensorS const& sTile, int thread) {
 // C += A B^T.  Each ldmatrix.x4 of B feeds 2 x MMA_M tensor core instructions; right after them the same part of the next k-step is
 // loaded, so that one k-step of B and one load are alive at a time.  load_a(k) brings the A fragments of k-step k.  beside(i) is
 // called after the i-th part of the product: work that does not depend on it, to be issued while the tensor cores are busy.
+// rows: AllRows or ActiveRows.
 template <class OperandB, class TiledMma, class TensorC, class TensorA, class TensorB, class LoadA,
-          class Beside>
+          class Beside, class Rows = AllRows>
 CUTE_DEVICE void gemm_pipelined(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB const& sB,
-                                int thread, LoadA load_a, Beside beside) {
+                                int thread, LoadA load_a, Beside beside, Rows rows = {}) {
   auto tCsB            = OperandB::source(sB, thread);
   auto tCrB            = OperandB::fragments(sB, thread);
   constexpr int kParts = decltype(size<1>(tCsB))::value, kSteps = decltype(size<2>(tCrA))::value;
@@ -84,7 +87,11 @@ CUTE_DEVICE void gemm_pipelined(TiledMma mma, TensorC& tCrC, TensorA& tCrA, Tens
         for (int i = 0; i < size<1>(tCrC); ++i) {
           int const m =
               n % 2 ? size<1>(tCrC) - 1 - i : i;  // back and forth: neighbours share an operand
-          gemm(mma, tCrA(_, m, k), tCrB(_, n, k), tCrC(_, m, n));
+          if constexpr (std::is_same_v<Rows, AllRows>) {
+            gemm(mma, tCrA(_, m, k), tCrB(_, n, k), tCrC(_, m, n));
+          } else {
+            mma_if(rows.atom[m], tCrC(_, m, n), tCrA(_, m, k), tCrB(_, n, k));
+          }
         }
       }
       if (k + 1 < kSteps) { OperandB::load(tCsB, tCrB, j, k + 1, thread); }
@@ -95,13 +102,14 @@ CUTE_DEVICE void gemm_pipelined(TiledMma mma, TensorC& tCrC, TensorA& tCrA, Tens
 
 // A and B from shared memory.
 template <class OperandA, class OperandB, class TiledMma, class TensorC, class TensorA,
-          class TensorB, class Beside>
+          class TensorB, class Beside, class Rows = AllRows>
 CUTE_DEVICE void gemm_ss(TiledMma mma, TensorC& tCrC, TensorA const& sA, TensorB const& sB,
-                         int thread, Beside beside) {
+                         int thread, Beside beside, Rows rows = {}) {
   auto tCsA = OperandA::source(sA, thread);
   auto tCrA = OperandA::fragments(sA, thread);
   gemm_pipelined<OperandB>(
-      mma, tCrC, tCrA, sB, thread, [&](int k) { OperandA::load(tCsA, tCrA, k, thread); }, beside);
+      mma, tCrC, tCrA, sB, thread, [&](int k) { OperandA::load(tCsA, tCrA, k, thread); }, beside,
+      rows);
 }
 template <class OperandA, class OperandB, class TiledMma, class TensorC, class TensorA,
           class TensorB>
@@ -111,10 +119,11 @@ CUTE_DEVICE void gemm_ss(TiledMma mma, TensorC& tCrC, TensorA const& sA, TensorB
 }
 
 // A in registers, B from shared memory.
-template <class OperandB, class TiledMma, class TensorC, class TensorA, class TensorB, class Beside>
+template <class OperandB, class TiledMma, class TensorC, class TensorA, class TensorB, class Beside,
+          class Rows = AllRows>
 CUTE_DEVICE void gemm_rs(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB const& sB, int thread,
-                         Beside beside) {
-  gemm_pipelined<OperandB>(mma, tCrC, tCrA, sB, thread, [](int) {}, beside);
+                         Beside beside, Rows rows = {}) {
+  gemm_pipelined<OperandB>(mma, tCrC, tCrA, sB, thread, [](int) {}, beside, rows);
 }
 template <class OperandB, class TiledMma, class TensorC, class TensorA, class TensorB>
 CUTE_DEVICE void gemm_rs(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB const& sB,

@@ -8,8 +8,12 @@
 namespace flash {
 using namespace cute;
 
+// Edges of a row's keys that a tile may cross.
+enum class Edges { kBoth, kLeft, kRight };
+
 // row0, col0: first query and first key of this tile.  kTransposed: the accumulator holds S^T.
-template <bool kTransposed, class TiledMma, class TileShape, class TensorS, MaskKind kMask>
+template <bool kTransposed, class TiledMma, class TileShape, Edges kEdges = Edges::kBoth,
+          class TensorS, MaskKind kMask>
 CUTE_HOST_DEVICE void mask_scores(TensorS& tSrS, Visibility<kMask> const& see, int row0, int col0,
                                   int thread) {
   constexpr int kQ = kTransposed ? 1 : 0, kK = 1 - kQ;
@@ -23,8 +27,10 @@ CUTE_HOST_DEVICE void mask_scores(TensorS& tSrS, Visibility<kMask> const& see, i
   for (int i = 0; i < size(tSrS); ++i) {
     int const q = thread_q + int(get<kQ>(t0ScS(i))), k = get<kK>(t0ScS(i));
     int const end = see.end_key(q) - thread_k, first = see.first_key(q) - thread_k;
-    bool hidden = k >= end;
-    if constexpr (see.kHasLeft) { hidden |= k < first; }  // not ||: its branch costs 127 more adds
+    bool hidden = false;
+    if constexpr (kEdges != Edges::kLeft) { hidden = k >= end; }
+    // not ||: its branch costs 127 more adds
+    if constexpr (see.kHasLeft && kEdges != Edges::kRight) { hidden |= k < first; }
     if (hidden) { tSrS(i) = -INFINITY; }
   }
 }

@@ -1,5 +1,5 @@
 #pragma once
-// Accumulators to global memory, 16 bytes per thread and store: through shared memory, or with trades between lanes.
+// Accumulators to global memory, through shared memory, 16 bytes per thread and store.
 // Used by: the epilogues of forward and backward.  Invariant: rows >= rows and columns >= head_dim are never written.
 #include <cute/tensor.hpp>
 
@@ -19,50 +19,42 @@ CUTE_DEVICE void fragment_to_smem(TensorR const& rounded, TensorS&& sTile, int t
   copy(tiled_copy, slice.retile_S(rounded), slice.partition_D(sTile));
 }
 
-// The lanes of a quad trade: before, word i of lane t is word t of block i; after, word i of block t.
-CUTE_DEVICE void transpose_quad(uint32_t (&words)[4], int lane) {
+// The accumulator of TiledMma, whose warps lie along the rows, rounded to 16 bits, to rows [0, rows) of a row-major matrix.  sTile: memory that
+// no other warp uses where this warp's rows lie in it.
+template <class TiledMma, int kColumns, class TensorR, class TensorS, class Element>
+CUTE_DEVICE void fragment_to_rows(TensorR const& rounded, TensorS&& sTile, Element* matrix,
+                                  int64_t row_stride, int rows, int head_dim, int thread) {
+  constexpr int kAtomColumns = kColumns % 64 == 0 ? 64 : 32;  // of the tile's swizzle atom
+  constexpr int kChunks = kAtomColumns / 8, kRowStep = 32 / kChunks,
+                kRows = decltype(size<0>(sTile))::value;
+  fragment_to_smem<TiledMma>(rounded, sTile, thread);
+  __syncwarp();
+  auto const place = make_identity_tensor(make_shape(size<0>(sTile), size<1>(sTile)));
+  auto const warp  = TiledMma{}.get_slice(thread / 32 * 32).partition_C(place);
+  auto const first = TiledMma{}.get_slice(_0{}).partition_C(place);  // known at compile time
+  int const row = int(get<0>(warp(0, 0, 0))) + thread % 32 / kChunks, column = thread % kChunks * 8;
+  auto const* chunk = &sTile(row, column);
+  // The swizzle inverts bit 2 of a chunk's number with bit 2 of its row.
+  int const odd_step       = kRowStep < 8 ? (column & 32 ? -32 : 32) : 0;
+  int const rows_left      = rows - row;
+  int64_t const step       = kRowStep * row_stride;
+  Element* const first_row = matrix + row * row_stride + column;
   CUTE_UNROLL
-  for (int bit = 1; bit < 4; bit *= 2) {
-    bool const upper = lane & bit;
+  for (int m = 0; m < size<1>(first); ++m) {
+    int const top   = int(get<0>(first(0, m, 0)));
+    Element* target = first_row + top * row_stride;
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) { continue; }
-      uint32_t const mine = upper ? words[i] : words[i | bit];
-      uint32_t const got  = __shfl_xor_sync(~0u, mine, bit);
-      words[i]            = upper ? got : words[i];
-      words[i | bit]      = upper ? words[i | bit] : got;
-    }
-  }
-}
-
-// The accumulator of m16n8 atoms, rounded to 16 bits, straight to rows [0, rows) of a row-major matrix.  coordinates: its partition of the
-// tile's (row, column).  A lane holds two of an atom's eight columns; of four atoms a quad makes 16 bytes for each of its lanes.
-template <class TensorR, class TensorC, class Element>
-CUTE_DEVICE void fragment_to_rows(TensorR const& rounded, TensorC const& coordinates,
-                                  Element* matrix, int64_t row_stride, int rows, int head_dim,
-                                  int thread) {
-  constexpr int kAtomsM = decltype(size<1>(rounded))::value,
-                kAtomsN = decltype(size<2>(rounded))::value;
-  static_assert(kAtomsN % 4 == 0, "four atoms give every lane of a quad 16 bytes");
-  auto const* const pairs = reinterpret_cast<uint32_t const*>(rounded.data());
-  int const t             = thread % 4;
-  CUTE_UNROLL
-  for (int m = 0; m < kAtomsM; ++m) {
-    CUTE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      int const row = get<0>(coordinates(2 * half, m, 0));
+    for (int i = 0; i < 16 / kRowStep; ++i) {
+      int const down = top + i * kRowStep;
       CUTE_UNROLL
-      for (int n = 0; n < kAtomsN; n += 4) {
-        uint32_t words[4];
-        CUTE_UNROLL
-        for (int i = 0; i < 4; ++i) { words[i] = pairs[half + 2 * (m + kAtomsM * (n + i))]; }
-        transpose_quad(words, thread);
-        int const column = int(get<1>(coordinates(0, m, n))) + 6 * t;  // 8 t instead of 2 t
-        if (row < rows && column < head_dim) {
-          *reinterpret_cast<uint4*>(matrix + row * row_stride + column) =
-              make_uint4(words[0], words[1], words[2], words[3]);
+      for (int c = 0; c < kColumns; c += kAtomColumns) {
+        uint4 const words = *reinterpret_cast<uint4 const*>(
+            chunk + (down * kAtomColumns + c * kRows) + (i % 2 ? odd_step : 0));
+        if (down < rows_left && column + c < head_dim) {
+          *reinterpret_cast<uint4*>(target + c) = words;
         }
       }
+      target += step;
     }
   }
 }

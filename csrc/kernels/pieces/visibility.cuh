@@ -1,6 +1,6 @@
 #pragma once
 // Who sees whom: which keys a query row may read, which queries a key reaches, and which blocks that makes.
-// Used by: the forward kernel (key_blocks, half_steps), the backward kernel (query_blocks), mask.cuh.
+// Used by: the forward kernel (key_blocks, row_halves, half_steps), the backward kernel (query_blocks), mask.cuh.
 // Plain integers, no CuTe: compiles with g++ and is checked exhaustively on the CPU.
 #include "flash.h"
 #include "pieces/integers.cuh"
@@ -69,6 +69,18 @@ FLASH_HD BlockRange query_blocks(Visibility<kMask> const& see, int n_block) {
                     see.end_query(bottom), kBlockM);
 }
 
+// The halves of a query tile's rows: the upper one is hidden from key blocks from upper_end on, the lower one from those before
+// lower_first.
+struct RowHalves {
+  int upper_end, lower_first;
+};
+
+// middle: the lower half's first row.
+template <int kBlockN, MaskKind kMask>
+FLASH_HD RowHalves row_halves(Visibility<kMask> const& see, int middle) {
+  return {ceil_div(see.end_key(middle - 1), kBlockN), see.first_key(middle) / kBlockN};
+}
+
 // Half steps: blocks that only half of a query tile's rows see, so that only these work on them.  Blocks are visited right to left.
 //
 //   begins       the last block (end - 1) is hidden from the upper half
@@ -79,13 +91,11 @@ struct HalfSteps {
   int begins, last_whole;
 };
 
-// row0: the tile's first row.  kHalf: rows of a half.  blocks must not be empty.
-template <int kHalf, int kBlockN, MaskKind kMask>
-FLASH_HD HalfSteps half_steps(Visibility<kMask> const& see, BlockRange const& blocks, int row0) {
+// blocks must not be empty.
+FLASH_HD HalfSteps half_steps(RowHalves const& halves, BlockRange const& blocks) {
   int const last    = blocks.end - 1;
-  bool const begins = last > blocks.first && see.end_key(row0 + kHalf - 1) <= last * kBlockN;
-  bool const ends =
-      last - begins > blocks.first && see.first_key(row0 + kHalf) >= (blocks.first + 1) * kBlockN;
+  bool const begins = last > blocks.first && halves.upper_end <= last;
+  bool const ends   = last - begins > blocks.first && halves.lower_first > blocks.first;
   return {begins, blocks.first + ends};
 }
 

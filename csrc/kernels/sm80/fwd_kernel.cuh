@@ -38,7 +38,7 @@ struct QueryTile {
       clear(tOrO);
       __syncthreads();  // PROTECTS: saved is complete.
     }
-    store(tOrO, softmax);
+    store(tOrO, softmax, smem);
   }
 
  private:
@@ -51,9 +51,10 @@ struct QueryTile {
     found.head = tile.head, found.site = site;
     found.window_left = problem.window_left, found.window_right = problem.window_right;
     found.blocks = key_blocks<Traits::kBlockM, Traits::kBlockN>(see(found), site.block);
-    if constexpr (Mainloop::kHalves) {
-      found.half_steps = half_steps<Mainloop::kAtomRows, Traits::kBlockN>(
-          see(found), found.blocks, site.block * Traits::kBlockM);
+    if constexpr (Mainloop::kHalves || Mainloop::kSkips) {
+      int const middle = site.block * Traits::kBlockM + Traits::kBlockM / 2;
+      found.halves     = row_halves<Traits::kBlockN>(see(found), middle);
+      found.half_steps = half_steps(found.halves, found.blocks);
     }
     if constexpr (kLevel != Level::kPlain) {
       ScoreMod const mod = score_mod(problem, min_of(site.batch, problem.batch - 1), tile.head);
@@ -88,7 +89,7 @@ struct QueryTile {
 
   // O / sum and LSE to memory.
   template <class TensorO, class Softmax_>
-  CUTE_DEVICE void store(TensorO& tOrO, Softmax_& softmax) const {
+  CUTE_DEVICE void store(TensorO& tOrO, Softmax_& softmax, Element* smem) const {
     constexpr int kRows    = 2 * decltype(size<1>(tOrO))::value;
     Problem const& problem = params.problem;
     Site const& site       = saved.site;
@@ -96,21 +97,34 @@ struct QueryTile {
     float lse[kRows];
     softmax.finish(lse);
     auto o_rows = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
+    bool empty  = false;  // a row that sees nothing
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      float const scale = may_have(kLevel, Level::kDropout)
+                              ? softmax.row_sum[r] * problem.keep_scale
+                              : softmax.row_sum[r];
+      empty |= scale == 0.f;
       CUTE_UNROLL
-      for (int c = 0; c < size<1>(o_rows); ++c) {
-        // Chosen, not multiplied: 0 * NaN of a hidden V must not reach a row that sees nothing.
-        o_rows(r, c) = softmax.row_sum[r] == 0.f ? 0.f : o_rows(r, c) * softmax.row_sum[r];
-        if constexpr (may_have(kLevel, Level::kDropout)) { o_rows(r, c) *= problem.keep_scale; }
+      for (int c = 0; c < size<1>(o_rows); ++c) { o_rows(r, c) *= scale; }
+    }
+    // Chosen, not multiplied: 0 * NaN of a hidden V must not reach such a row.  Softcap's kernels do not ask: one spilled.
+    if (kLevel == Level::kSoftcap || __any_sync(~0u, empty)) {
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        CUTE_UNROLL
+        for (int c = 0; c < size<1>(o_rows); ++c) {
+          o_rows(r, c) = softmax.row_sum[r] == 0.f ? 0.f : o_rows(r, c);
+        }
       }
     }
     auto cO   = make_identity_tensor(Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
     auto tOcO = typename Traits::TiledMma{}.get_slice(thread).partition_C(cO);
-    fragment_to_rows(round_to<Element>(tOrO), tOcO,
-                     matrix_of<Element>(params.out, site.batch, saved.head) +
-                         int64_t(site.q_row0 + row0) * params.out.row_stride,
-                     params.out.row_stride, site.seqlen_q - row0, problem.head_dim, thread);
+    // Q's place: only this warp has read its rows.
+    fragment_to_rows<typename Traits::TiledMma, Traits::kHeadDim>(
+        round_to<Element>(tOrO), Traits::TileQ::tensor(smem),
+        matrix_of<Element>(params.out, site.batch, saved.head) +
+            int64_t(site.q_row0 + row0) * params.out.row_stride,
+        params.out.row_stride, site.seqlen_q - row0, problem.head_dim, thread);
     auto rows             = make_tensor(tOcO.data(), rows_columns(tOcO.layout()));
     float* const lse_rows = params.lse + site.batch * problem.lse_batch_stride +
                             saved.head * problem.lse_head_stride + site.q_row0 + row0;

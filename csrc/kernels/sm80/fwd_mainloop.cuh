@@ -2,12 +2,12 @@
 // The forward algorithm for one query tile: O = softmax(scale Q K^T) V over the key blocks that the tile sees.
 // Used by fwd_kernel.  Knows nothing of the grid.  Key blocks run right to left: the diagonal and the ragged end come first.
 #include "pieces/copy.cuh"
-#include "pieces/dropout.cuh"
 #include "pieces/head.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
 #include "sm80/fwd_traits.cuh"
+#include "sm80/fwd_weights.cuh"
 
 namespace flash::sm80 {
 
@@ -26,11 +26,13 @@ struct FwdMainloop {
   using CopyQ   = TileCopy<Element, Traits::kBlockM, Traits::kHeadDim, Traits::kThreads>;
   static constexpr int kStages   = Traits::kStages;
   static constexpr bool kHasLeft = Visibility<kMask>::kHasLeft;
-  // Rows of one of the MMA's row atoms.  Half steps (pieces/visibility.cuh) work on one of two.
+  // Rows of one of the MMA's row atoms.  Half steps (pieces/visibility.cuh) work on one of two; above head dimension 64 they spilled.
   static constexpr int kAtomRows = 16 * Traits::kWarps, kAtoms = Traits::kBlockM / kAtomRows;
-  static constexpr bool kHalves = kAtoms == 2 && kMask != MaskKind::kNone &&
-                                  kLevel == Level::kPlain &&
-                                  Traits::kHeadDim <= 64;  // larger: spilled
+  static constexpr bool kHalves =
+      kAtoms == 2 && kMask != MaskKind::kNone && kLevel == Level::kPlain && Traits::kHeadDim <= 64;
+  // Elsewhere a block's products leave out the row atom that does not see it, where that is faster.
+  static constexpr bool kSkips = kHasLeft && kLevel == Level::kPlain && Traits::kHeadDim == 128;
+  static_assert(!kSkips || kAtoms == 2, "each row atom is a half of the tile's rows");
   // One query tile's matrices in global memory, from its first rows of Q and its sequence's first rows of K and V on.
   struct Tile {
     Element const *q, *k, *v;
@@ -111,16 +113,48 @@ struct FwdMainloop {
       return !kHasLeft || kKeep ? opaque(row0) : read_now(in.saved->site.block) * Traits::kBlockM;
     };
     auto const see_now = [&] { return kHasLeft ? in.saved->template see<kMask>() : see; };
+    // The row atoms that see this block.  Those that do not are masked.
+    auto const active = [&] {
+      if constexpr (kSkips) {
+        RowHalves const& halves = in.saved->halves;
+        return ActiveRows<2>{n_block < read_now(halves.upper_end),
+                             n_block >= read_now(halves.lower_first)};
+      } else {
+        return AllRows{};
+      }
+    };
     // P of k-step k.  atoms: the rows that a step is about.
     auto finish_step = [&](auto atoms, int k, int lane) {
       auto tSrP_part = atoms.of(tSrP);
       round_step(tSrP_part, atoms.of(tSrS), k);
       if constexpr (may_have(kLevel, Level::kDropout)) {
         if (decided<kLevel>(Level::kDropout, in.saved->features.drops)) {
-          drop(tSrP, kKeep ? in.saved->features.dropout : read_now(in.saved->features.dropout),
-               in.keep, read_now(in.saved->site.block) * Traits::kBlockM, n_block * Traits::kBlockN,
-               k, lane);
+          drop<Traits>(tSrP,
+                       kKeep ? in.saved->features.dropout : read_now(in.saved->features.dropout),
+                       in.keep, read_now(in.saved->site.block) * Traits::kBlockM,
+                       n_block * Traits::kBlockN, k, lane);
         }
+      }
+    };
+    // Masks decided at run time are loops of at most one round: a branch would become predicated instructions, issued in every step.
+    auto hide = [&](auto masked, auto atoms, int lane) {
+      auto tSrS_part         = atoms.of(tSrS);
+      auto const hide_beyond = [&](auto edges, int crosses) {
+        for (int round = run_time_flag(masked) & crosses; round > 0; --round) {
+          mask_scores<false, typename Traits::TiledMma, TileOf<decltype(atoms)>, edges>(
+              tSrS_part, see_now(), first_row() + atoms.kFirst * kAtomRows,
+              n_block * Traits::kBlockN, fixed_in_loop(lane));
+        }
+      };
+      if constexpr (kByEdge) {
+        int const top = first_row() + atoms.kFirst * kAtomRows, col0 = n_block * Traits::kBlockN;
+        auto const look = see_now();
+        bool right      = col0 + Traits::kBlockN > look.end_key(top);
+        bool left       = look.first_key(top + atoms.kCount * kAtomRows - 1) > col0;
+        hide_beyond(Constant<Edges::kRight>{}, opaque(right));
+        hide_beyond(Constant<Edges::kLeft>{}, opaque(left));
+      } else {
+        hide_beyond(Constant<Edges::kBoth>{}, 1);
       }
     };
     auto softmax_phase = [&](auto masked, auto atoms) {
@@ -136,14 +170,14 @@ struct FwdMainloop {
             see_now().shift(), lane);
       }
       auto tSrS_part = atoms.of(tSrS);
-      // With kAll, where it is decided at run time, a loop of at most one round: a branch would become predicated instructions,
-      // issued in every step.
-      for (int round = run_time_flag(masked); round > 0; --round) {
-        // The shuffle returns the thread's own index.  Unlike the index it cannot be moved out of the loop, where what follows
-        // from it would be kept for the mask and spilled.
-        mask_scores<false, typename Traits::TiledMma, TileOf<decltype(atoms)>>(
-            tSrS_part, see_now(), first_row() + atoms.kFirst * kAtomRows, n_block * Traits::kBlockN,
-            __shfl_sync(~0u, lane, lane % 32));
+      if constexpr (Traits::kHeadDim == 256 && !kByEdge) {  // spilled through hide()
+        for (int round = run_time_flag(masked); round > 0; --round) {
+          mask_scores<false, typename Traits::TiledMma, TileOf<decltype(atoms)>>(
+              tSrS_part, see_now(), first_row() + atoms.kFirst * kAtomRows,
+              n_block * Traits::kBlockN, fixed_in_loop(lane));
+        }
+      } else {
+        hide(masked, atoms, lane);
       }
       auto scores        = rows_of(tSrS_part);
       auto tOrO_part     = atoms.of(tOrO);
@@ -157,7 +191,7 @@ struct FwdMainloop {
         finish_step(atoms, k, lane);
       }
     };
-    auto multiply_values = [&](int lane, auto atoms) {
+    auto multiply_values = [&](int lane, auto atoms, auto rows) {
       auto tSrS_part    = atoms.of(tSrS);
       auto scores       = rows_of(tSrS_part);
       auto const beside = [&](int part) {
@@ -173,27 +207,27 @@ struct FwdMainloop {
       auto tOrP_part = atoms.of(tOrP);
       gemm_rs<typename Traits::OperandV>(mma, tOrO_part, tOrP_part,
                                          TileKV::transposed(smem_v() + stage * TileKV::kSize), lane,
-                                         beside);
+                                         beside, rows);
     };
     // O += P V of this block, then S of the next one.
     auto product_phase = [&](auto atoms, auto next_atoms) {
       int const lane = opaque(thread), other = stage ^ 1;
-      multiply_values(lane, atoms);
+      multiply_values(lane, atoms, active());
       --n_block;
-      multiply_scores(next_atoms, tSrS, tSrQ, sQ, stage_k(other), lane);
+      multiply_scores(next_atoms, tSrS, tSrQ, sQ, stage_k(other), lane, active());
       end_products();
       stage = other;
     };
     if (kBounded && softmax.is_bounded()) { softmax.start_bounded(); }
     // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
     if (kHalves && agreed(read_now(in.saved->half_steps.begins))) {
-      multiply_scores(Lower{}, tSrS, tSrQ, sQ, stage_k(stage), thread);
+      multiply_scores(Lower{}, tSrS, tSrQ, sQ, stage_k(stage), thread, active());
       clear_now<kLateO>(tOrO);
       end_products();
       softmax_phase(true_type{}, Lower{});
       product_phase(Lower{}, All{});
     } else {
-      multiply_scores(All{}, tSrS, tSrQ, sQ, stage_k(stage), thread);
+      multiply_scores(All{}, tSrS, tSrQ, sQ, stage_k(stage), thread, active());
       clear_now<kLateO>(tOrO);
       end_products();
     }
@@ -201,10 +235,10 @@ struct FwdMainloop {
       while (true) {
         softmax_phase(in.saved->blocks.needs_mask(n_block), All{});
         if (n_block == first()) { break; }
-        multiply_values(opaque(thread), All{});
+        multiply_values(opaque(thread), All{}, active());
         stage ^= 1;
         --n_block;
-        multiply_scores(All{}, tSrS, tSrQ, sQ, stage_k(stage), opaque(thread));
+        multiply_scores(All{}, tSrS, tSrQ, sQ, stage_k(stage), opaque(thread), active());
         end_products();
       }
     } else if constexpr (kHasLeft) {  // masked at both ends
@@ -238,9 +272,9 @@ struct FwdMainloop {
     if (upper) {
       product_phase(All{}, Upper{});
       softmax_phase(true_type{}, Upper{});
-      multiply_values(opaque(thread), Upper{});
+      multiply_values(opaque(thread), Upper{}, active());
     } else {
-      multiply_values(opaque(thread), All{});
+      multiply_values(opaque(thread), All{}, active());
     }
   }
 
@@ -266,6 +300,8 @@ struct FwdMainloop {
     constexpr bool kVotes = Traits::kHeadDim <= 128 && !changes_scores(kLevel);
     return kVotes ? bool(__any_sync(~0u, condition)) : condition;
   }
+  // Blocks that cross a window's edge seldom cross both: each is masked by itself.
+  static constexpr bool kByEdge = kHasLeft && kLevel == Level::kPlain;
   // Steps with and without mask share their instructions.
   static constexpr bool kOneBody = kLevel == Level::kAll;
   static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&
@@ -285,6 +321,9 @@ struct FwdMainloop {
                 thread);
   }
 
+  // The shuffle returns the thread's own index.  Unlike the index it cannot be moved out of a loop, where what follows from it would
+  // be kept for the mask and spilled.
+  CUTE_DEVICE static int fixed_in_loop(int lane) { return __shfl_sync(~0u, lane, lane % 32); }
   CUTE_DEVICE static constexpr int run_time_flag(true_type) { return 1; }
   CUTE_DEVICE static constexpr int run_time_flag(false_type) { return 0; }
   CUTE_DEVICE static int run_time_flag(bool flag) { return opaque(int(flag)); }
@@ -295,54 +334,22 @@ struct FwdMainloop {
     for (int c = begin; c < end; ++c) { softmax.template exponentials<kRow>(scores, c); }
   }
   // S = Q K^T
-  template <class Atoms_, class TensorS, class TensorRQ, class TensorSQ, class TensorSK>
+  template <class Atoms_, class TensorS, class TensorRQ, class TensorSQ, class TensorSK, class Rows>
   CUTE_DEVICE static void multiply_scores(Atoms_ atoms, TensorS& tSrS, TensorRQ& tSrQ,
-                                          TensorSQ const& sQ, TensorSK const& sK, int thread) {
+                                          TensorSQ const& sQ, TensorSK const& sK, int thread,
+                                          Rows rows) {
     typename Traits::TiledMma mma;
     auto tSrS_part = atoms.of(tSrS);
     clear(tSrS_part);
     if constexpr (Traits::kQInRegs) {
       auto tSrQ_part = atoms.of(tSrQ);
-      gemm_rs<typename Traits::OperandK>(mma, tSrS_part, tSrQ_part, sK, thread);
+      gemm_rs<typename Traits::OperandK>(mma, tSrS_part, tSrQ_part, sK, thread, [](int) {}, rows);
     } else {
       auto const sQ_part =
           local_tile(sQ, Shape<Int<Atoms_::kCount * kAtomRows>, Int<Traits::kHeadDim>>{},
                      make_coord(Int<Atoms_::kFirst / Atoms_::kCount>{}, _0{}));
-      gemm_ss<typename Traits::OperandQ, typename Traits::OperandK>(mma, tSrS_part, sQ_part, sK,
-                                                                    thread);
-    }
-  }
-
-  // Drops weights of k-step k: 16 keys.  A warp with two m16 tiles has whole 32 x 16 blocks of random numbers, one with a single
-  // tile half of each.
-  template <class TensorP>
-  CUTE_DEVICE static void drop(TensorP& tSrP, DropoutBits const& random, KeepRule const& keep,
-                               int row0, int col0, int k, int thread) {
-    constexpr int kTiles = decltype(size<1>(tSrP))::value;
-    static_assert(kTiles == 1 || Traits::kWholeRuns, "two m16 tiles are a run of 32 rows");
-    auto pairs           = recast<uint32_t>(tSrP);  // (2, MMA_M, MMA_N)
-    int const row16      = row0 / 16 + thread / 32 * kTiles;
-    BlockBits const bits = random.block(row16 / 2, col0 / 16 + k, thread % 32);
-    CUTE_UNROLL
-    for (int m = 0; m < kTiles; ++m) {
-      int const half = kTiles == 1 ? row16 % 2 : m;
-      CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) {  // word i: row half i % 2, column half i / 2
-        pairs(i % 2, m, 2 * k + i / 2) &= kept_mask(bits.pair(i, half), keep);
-      }
-    }
-  }
-
-  // Rounds the scores of k-step k: n8 atoms 2k and 2k + 1.
-  template <class TensorP, class TensorS>
-  CUTE_DEVICE static void round_step(TensorP& tSrP, TensorS const& tSrS, int k) {
-    CUTE_UNROLL
-    for (int n = 2 * k; n < 2 * k + 2; ++n) {
-      CUTE_UNROLL
-      for (int m = 0; m < size<1>(tSrS); ++m) {
-        auto target = tSrP(_, m, n);
-        round_into(target, tSrS(_, m, n));
-      }
+      gemm_ss<typename Traits::OperandQ, typename Traits::OperandK>(
+          mma, tSrS_part, sQ_part, sK, thread, [](int) {}, rows);
     }
   }
 };
