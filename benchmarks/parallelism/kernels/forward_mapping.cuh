@@ -21,7 +21,7 @@ CUTE_DEVICE Walk walk_of_block(TileOrder const& order, Mapping mapping) {
   if (mapping == Mapping::kPersistent) {
     return {int(blockIdx.x), int(order.size()), int(gridDim.x)};
   }
-  int const pair = int(blockIdx.x) * order.heads + int(blockIdx.y);
+  int const pair = int(blockIdx.x) * int(order.by_heads.divisor) + int(blockIdx.y);
   return {pair * order.blocks + int(blockIdx.z), (pair + 1) * order.blocks, int(gridDim.z)};
 }
 
@@ -29,7 +29,7 @@ CUTE_DEVICE Walk walk_of_block(TileOrder const& order, Mapping mapping) {
 template <class Traits, MaskKind kMask>
 CUTE_DEVICE void forward_tile(FwdParams const& params, TileCoord const& tile, SavedTile& saved,
                               typename Traits::Element* smem) {
-  QueryTile<Traits, kMask, Level::kPlain>{params, saved}.work(tile, smem);
+  QueryTile<Traits, kMask, Level::kPlain>{params, saved}.work(tile, tile.head, smem);
 }
 
 // One tile per thread block.

@@ -63,14 +63,23 @@ CUTE_DEVICE void fragment_to_rows(TensorR const& rounded, TensorS&& sTile, Eleme
 template <int kRows, int kColumns, int kThreads, class Element, class TensorS>
 CUTE_DEVICE void smem_to_rows(TensorS const& sTile, Element* matrix, int64_t row_stride, int rows,
                               int head_dim, int thread) {
-  constexpr int kChunks = kColumns / 8;
+  constexpr int kAtomColumns = kColumns % 64 == 0 ? 64 : 32;  // of the tile's swizzle atom
+  constexpr int kChunks = kAtomColumns / 8, kRowStep = kThreads / kChunks;
+  static_assert(kRowStep % 8 == 0 && kRows % kRowStep == 0,
+                "passes cover whole swizzle periods: shared addresses differ by constants");
+  int const row = thread / kChunks, column = thread % kChunks * 8;
+  Element const* const source = &sTile(row, column);
+  Element* target             = matrix + row * row_stride + column;
   CUTE_UNROLL
-  for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
-    int const chunk = thread + i * kThreads, row = chunk / kChunks, column = chunk % kChunks * 8;
-    if (row < min(kRows, rows) && column < head_dim) {
-      *reinterpret_cast<uint4*>(matrix + row * row_stride + column) =
-          *reinterpret_cast<uint4 const*>(&sTile(row, column));
+  for (int down = 0; down < kRows; down += kRowStep) {
+    CUTE_UNROLL
+    for (int c = 0; c < kColumns; c += kAtomColumns) {
+      if (row + down < rows && column + c < head_dim) {
+        *reinterpret_cast<uint4*>(target + c) =
+            *reinterpret_cast<uint4 const*>(source + down * kAtomColumns + c * kRows);
+      }
     }
+    target += kRowStep * row_stride;
   }
 }
 

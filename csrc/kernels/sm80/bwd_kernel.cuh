@@ -28,22 +28,25 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   __shared__ SavedTile saved;
   Problem const& problem = params.problem;
   int const thread       = threadIdx.x;
+  let_next_kernel_start();  // the conversion of dQ: its thread blocks take places when these have all begun
 
   typename Traits::MmaDkv mma;
   auto tdKrdK = partition_fragment_C(mma, Shape<Int<kBlockN>, Int<Traits::kHeadDim>>{});
   auto tdVrdV = partition_fragment_C(mma, Shape<Int<kBlockN>, Int<Traits::kHeadDim>>{});
-  clear(tdKrdK), clear(tdVrdV);
 
   {
     TileCoord const tile = key_tile(order, blockIdx.x);
     bool const ragged    = problem.cu_seqlens_q != nullptr;
     Site const site      = ragged ? find_site<true>(problem, tile.block, kBlockN)
                                   : dense_site(problem, tile.batch, tile.block);
-    if (site.block * kBlockN >= site.k_rows) { return; }
+    if (site.block * kBlockN >= site.k_rows) {
+      wait_for_previous_kernel();
+      return;
+    }
     Visibility<kMask> const see{site.seqlen_q, site.seqlen_k, problem.window_left,
                                 problem.window_right};
     BlockRange const blocks = query_blocks<kBlockM, kBlockN>(see, site.block);
-    int const group = problem.heads_q / problem.heads_kv, head = tile.head * group;
+    int const group = order.sharing, head = tile.head * group;
     int const slots       = ragged ? int(slot_count(problem.total_q, problem.batch, kBlockM))
                                    : ceil_div(problem.seqlen_q, kBlockM);
     int const first_index = ragged ? head * slots + first_slot(site.q_row0, site.batch, kBlockM)
@@ -67,6 +70,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     if (blocks.first < blocks.end) {
       BwdMainloop<Traits, kMask, kLevel>::run(params, operands, see, blocks, site.block, smem,
                                               tdKrdK, tdVrdV);
+    } else {
+      wait_for_previous_kernel();
+      clear(tdKrdK), clear(tdVrdV);
     }
   }
 

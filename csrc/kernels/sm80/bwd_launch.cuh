@@ -25,19 +25,22 @@ cudaError_t launch_bwd_kernels(BwdParams const& params, Kernel kernel, cudaStrea
   int64_t const blocks = ragged ? slot_count(problem.total_k, problem.batch, Traits::kBlockN)
                                 : ceil_div(problem.seqlen_k, Traits::kBlockN);
   if (blocks * problem.heads_kv > INT32_MAX) { return cudaErrorInvalidConfiguration; }
-  int const group = problem.heads_q / problem.heads_kv;
+  int const group   = problem.heads_q / problem.heads_kv;
+  bool const window = !ragged && problem.mask == MaskKind::kLocal;
   // Q, dO (16 bits) and dQ (fp32) of a group's query heads stay in L2 while its key blocks run.
   int64_t const query_bytes = int64_t(8) * problem.seqlen_q * problem.head_dim * group;
   TileOrder const order =
       make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_kv,
-                      heads_in_l2(query_bytes), ragged || problem.mask != MaskKind::kNone);
-  status = launch_tiles(kernel, order.size(), Traits::kThreads, Traits::kSmemBytes, stream, params,
-                        order);
+                      heads_in_l2(query_bytes), ragged || problem.mask != MaskKind::kNone, group,
+                      window ? short_blocks(problem.window_left, Traits::kBlockN, int(blocks)) : 0);
+  Start const start = has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
+  status = launch_tiles(start, kernel, Grid{order.size()}, Traits::kThreads, Traits::kSmemBytes,
+                        stream, params, order);
   if (status != cudaSuccess) { return status; }
 
   constexpr int kDqBytes = Traits::TileQ::kSize * int(sizeof(Element));
-  return launch_tiles(&bwd_postprocess_kernel<DqTraits>,
-                      query_block_count(problem, Traits::kBlockM), Traits::kThreads, kDqBytes,
+  return launch_tiles(start, &bwd_postprocess_kernel<DqTraits>,
+                      Grid{query_block_count(problem, Traits::kBlockM)}, Traits::kThreads, kDqBytes,
                       stream, params);
 }
 

@@ -2,6 +2,7 @@
 // The backward algorithm for one key tile: dK and dV of its keys over all query blocks (and query heads) that see them, and
 // its share of dQ.  Used by bwd_kernel.  No product is split between warps along its summation.
 #include "pieces/copy.cuh"
+#include "pieces/dependent.cuh"
 #include "pieces/dq_accum.cuh"
 #include "pieces/features.cuh"
 #include "pieces/head.cuh"
@@ -23,6 +24,9 @@ struct BwdMainloop {
   using TileSdp = Shape<Int<Traits::kBlockN>, Int<Traits::kSubM>>;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kSubM = Traits::kSubM;
   static constexpr int kRowValues = 2 * kBlockM;  // LSE and delta of a query block
+  // Blocks that cross a window's edge seldom cross both: each is masked by itself, and LSE is read before.  Head dimension 64 spilled.
+  static constexpr bool kByEdge =
+      Visibility<kMask>::kHasLeft && kLevel == Level::kPlain && Traits::kHeadDim == 128;
 
   // Matrices of the key head and of the first query head that shares it.
   struct Operands {
@@ -30,7 +34,7 @@ struct BwdMainloop {
     SavedTile const* saved;  // in shared memory; its random bits are the first query head's
   };
 
-  // tdKrdK, tdVrdV must be zero on entry; dK is still to be multiplied by softmax_scale.  blocks must not be empty.
+  // dK is still to be multiplied by softmax_scale.  blocks must not be empty.
   template <class TensorK>
   CUTE_DEVICE static void run(BwdParams const& params, Operands const& in,
                               Visibility<kMask> const& see, BlockRange const& blocks, int n_block,
@@ -60,7 +64,14 @@ struct BwdMainloop {
       return read_now(saved.first_index) + head * read_now(saved.slots) + m_block;
     };
     // lane: the thread's index
-    auto start_stage = [&](int stage, int head, int m_block, int lane) {
+    auto start_rows = [&](int stage, int head, int m_block, int lane) {
+      if (lane < kRowValues / 4) {
+        cp_async_16(smem_rows + stage * kRowValues + lane * 4,
+                    params.workspace.rows + int64_t(index(head, m_block)) * kRowValues + lane * 4,
+                    true);
+      }
+    };
+    auto start_tiles = [&](int stage, int head, int m_block, int lane) {
       Element* const stage_q = smem_q + stage * 2 * TileQ::kSize;
       int const rows_left =
           (kKeep ? see.seqlen_q : read_now(in.saved->site.seqlen_q)) - m_block * kBlockM;
@@ -78,11 +89,6 @@ struct BwdMainloop {
       }
       copy_q.template start<true>(TileQ::tensor(stage_q), rows_left, thread);
       copy_dout.template start<true>(TileQ::tensor(stage_q + TileQ::kSize), rows_left, thread);
-      if (lane < kRowValues / 4) {
-        cp_async_16(smem_rows + stage * kRowValues + lane * 4,
-                    params.workspace.rows + int64_t(index(head, m_block)) * kRowValues + lane * 4,
-                    true);
-      }
     };
     CopyK(in.k + col0 * params.k.row_stride, params.k.row_stride, head_dim, thread)
         .template start<true>(sK, keys_left, thread);
@@ -90,8 +96,11 @@ struct BwdMainloop {
         .template start<true>(sV, keys_left, thread);
     // Query blocks left to right, then the next head that shares the keys.
     int m_block = blocks.first, head = 0;
-    start_stage(0, head, m_block, thread);
+    start_tiles(0, head, m_block, thread);
+    wait_for_previous_kernel();
+    start_rows(0, head, m_block, thread);
     cp_async_commit();
+    clear_now<true>(tdKrdK), clear_now<true>(tdVrdV);  // while the loads are under way
 
     for (int stage = 0; head < read_now(saved.group); stage ^= 1) {
       // Shared memory addresses that depend on the thread are worth fewer registers than they would take across iterations.
@@ -104,7 +113,8 @@ struct BwdMainloop {
         int64_t const rows = int64_t(next_block - m_block) * kBlockM;  // without kKeep unused
         copy_q.move(rows * q_stride + (new_head ? params.q.head_stride : 0));
         copy_dout.move(rows * dout_stride + (new_head ? params.dout.head_stride : 0));
-        start_stage(stage ^ 1, head + new_head, next_block, lane);
+        start_tiles(stage ^ 1, head + new_head, next_block, lane);
+        start_rows(stage ^ 1, head + new_head, next_block, lane);
       }
       cp_async_commit();
 
@@ -137,19 +147,30 @@ struct BwdMainloop {
           mod_of_head().template apply<kLevel, true, typename Traits::MmaSdp, TileSdp>(
               tSrS, row0, first_key, see_now().shift(), lane);
         }
-        auto const mask = [&] {
-          mask_scores<true, typename Traits::MmaSdp, TileSdp>(tSrS, see_now(), row0, first_key,
-                                                              lane);
-        };
-        if constexpr (kLevel != Level::kAll) {
-          if (masked) { mask(); }
-        } else {  // a loop, as in the forward pass
-          for (int round = opaque(int(masked)); round > 0; --round) { mask(); }
-        }
         auto scores            = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
         constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
         float lse[kQueries];
-        load_lse(scores, lse, sRows + sub * kSubM, scale_log2, params.problem.keep_log2, lane);
+        bool any_large = false;
+        if constexpr (kByEdge) { any_large = load_lse(lse, sRows + sub * kSubM, lane); }
+        auto const mask = [&](auto edges) {
+          mask_scores<true, typename Traits::MmaSdp, TileSdp, edges>(tSrS, see_now(), row0,
+                                                                     first_key, lane);
+        };
+        if constexpr (kByEdge) {
+          if (masked) {
+            auto const look = see_now();
+            if (first_key + kBlockN > look.end_key(row0)) { mask(Constant<Edges::kRight>{}); }
+            if (look.first_key(row0 + kSubM - 1) > first_key) { mask(Constant<Edges::kLeft>{}); }
+          }
+        } else if constexpr (kLevel != Level::kAll) {
+          if (masked) { mask(Constant<Edges::kBoth>{}); }
+        } else {  // a loop, as in the forward pass
+          for (int round = opaque(int(masked)); round > 0; --round) {
+            mask(Constant<Edges::kBoth>{});
+          }
+        }
+        if constexpr (!kByEdge) { any_large = load_lse(lse, sRows + sub * kSubM, lane); }
+        if (any_large) { limit_scores(scores, lse, scale_log2, params.problem.keep_log2); }
 
         // dP^T, beside it the exponentials
         auto tSrdP = partition_fragment_C(mma_sdp, TileSdp{});
@@ -235,10 +256,10 @@ struct BwdMainloop {
   static constexpr int kDpParts =
       kSubM / (16 * (Traits::kWarps / Traits::kTile.sdp_keys)) * (Traits::kHeadDim / 16);
 
-  // LSE of this thread's queries, in base 2 and less by keep_log2: with dropout P^T is keep_scale times the weights.
-  template <class TensorS, int kQueries>
-  CUTE_DEVICE static void load_lse(TensorS& scores, float (&lse)[kQueries], float const* sLse,
-                                   float scale_log2, float keep_log2, int thread) {
+  // LSE of this thread's queries, in base 2 and less by keep_log2: with dropout P^T is keep_scale times the weights.  Returns whether some
+  // of the warp's are so large that scores must be limited.
+  template <int kQueries>
+  CUTE_DEVICE static bool load_lse(float (&lse)[kQueries], float const* sLse, int thread) {
     auto where    = coordinates(thread);
     float largest = 0.f;
     CUTE_UNROLL
@@ -246,15 +267,19 @@ struct BwdMainloop {
       lse[c]  = sLse[get<1>(where(0, c))];
       largest = fmaxf(largest, fabsf(lse[c]));
     }
-    if (__any_sync(~0u, largest > kLargeLog2)) {
-      // LSE is rounded so coarsely that exp2 could overflow where P is 1.
+    return __any_sync(~0u, largest > kLargeLog2);
+  }
+
+  // Where LSE is rounded so coarsely that exp2 could overflow where P is 1.
+  template <class TensorS, int kQueries>
+  CUTE_DEVICE static void limit_scores(TensorS& scores, float const (&lse)[kQueries],
+                                       float scale_log2, float keep_log2) {
+    CUTE_UNROLL
+    for (int c = 0; c < kQueries; ++c) {
       CUTE_UNROLL
-      for (int c = 0; c < kQueries; ++c) {
-        CUTE_UNROLL
-        for (int r = 0; r < size<0>(scores); ++r) {
-          float const real = may_have(kLevel, Level::kDropout) ? lse[c] + keep_log2 : lse[c];
-          scores(r, c)     = fminf(scores(r, c), real / scale_log2);
-        }
+      for (int r = 0; r < size<0>(scores); ++r) {
+        float const real = may_have(kLevel, Level::kDropout) ? lse[c] + keep_log2 : lse[c];
+        scores(r, c)     = fminf(scores(r, c), real / scale_log2);
       }
     }
   }

@@ -1,6 +1,7 @@
 #pragma once
 // dQ from its fp32 sum: scaled, rounded, in rows again.  One thread block per (query block, query head, batch).
 // It shares the main kernel's MmaDq, in whose coordinates the sum lies: that is why it is not a kernel of its own unit.
+#include "pieces/dependent.cuh"
 #include "pieces/head.cuh"
 #include "pieces/sequence.cuh"
 #include "pieces/store.cuh"
@@ -19,6 +20,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   QueryBlock const tile  = query_block(problem, blockIdx.x, kBlockM);
   Site const& site       = tile.site;
   int const row0         = site.block * kBlockM;
+  wait_for_previous_kernel();
   if (row0 >= site.seqlen_q) { return; }
 
   typename Traits::MmaDq mma;

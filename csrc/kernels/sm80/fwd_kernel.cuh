@@ -20,11 +20,12 @@ struct QueryTile {
   FwdParams const& params;
   SavedTile& saved;
 
-  CUTE_DEVICE void work(TileCoord const& coord, Element* smem) const {
+  // head_kv: the key head that coord.head shares.
+  CUTE_DEVICE void work(TileCoord const& coord, int head_kv, Element* smem) const {
     SavedTile found;
     if (!find(coord, found)) { return; }
     bool const sees_keys = found.blocks.first < found.blocks.end;
-    auto const tile      = operands(found);
+    auto const tile      = operands(found, head_kv);
     Mainloop const mainloop{smem};
     if (sees_keys) { mainloop.start(tile); }
     if (threadIdx.x == 0) { saved = found; }
@@ -67,9 +68,8 @@ struct QueryTile {
     return {tile.site.seqlen_q, tile.site.seqlen_k, tile.window_left, tile.window_right};
   }
 
-  CUTE_DEVICE typename Mainloop::Tile operands(SavedTile const& tile) const {
+  CUTE_DEVICE typename Mainloop::Tile operands(SavedTile const& tile, int head_kv) const {
     Problem const& problem = params.problem;
-    int const head_kv      = tile.head / (problem.heads_q / problem.heads_kv);
     auto const first_row   = [&](TensorRef const& tensor, int head, int row) {
       return matrix_of<Element>(tensor, tile.site.batch, head) + row * tensor.row_stride;
     };
@@ -141,8 +141,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     fwd_kernel(__grid_constant__ FwdParams const params, __grid_constant__ TileOrder const order) {
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   __shared__ SavedTile saved;
+  TileCoord const coord = order.coord(blockIdx.x);
   QueryTile<Traits, kMask, kLevel>{params, saved}.work(
-      order.coord(blockIdx.x), reinterpret_cast<typename Traits::Element*>(smem_bytes));
+      coord, int(order.by_sharing.divide(uint32_t(coord.head))),
+      reinterpret_cast<typename Traits::Element*>(smem_bytes));
 }
 
 }  // namespace flash::sm80

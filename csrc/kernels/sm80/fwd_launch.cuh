@@ -16,9 +16,12 @@ cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, cudaStream
   int64_t const kv_bytes =
       int64_t(2) * problem.seqlen_k * problem.head_dim * int64_t(sizeof(typename Traits::Element));
   int const sharing = problem.heads_q / problem.heads_kv;
+  bool const window = !ragged && problem.mask == MaskKind::kLocal;
+  int const reach   = problem.window_left - (problem.seqlen_k - problem.seqlen_q);
   TileOrder const order =
       make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_q,
-                      heads_in_l2(kv_bytes) * sharing, ragged || problem.mask != MaskKind::kNone);
+                      heads_in_l2(kv_bytes) * sharing, ragged || problem.mask != MaskKind::kNone,
+                      sharing, window ? short_blocks(reach, Traits::kBlockM, int(blocks)) : 0);
   return launch_tiles(kernel, order.size(), Traits::kThreads, Traits::kSmemBytes, stream, params,
                       order);
 }

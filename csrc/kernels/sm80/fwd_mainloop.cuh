@@ -241,6 +241,20 @@ struct FwdMainloop {
         multiply_scores(All{}, tSrS, tSrQ, sQ, stage_k(stage), opaque(thread), active());
         end_products();
       }
+    } else if constexpr (kHalves && kHasLeft) {
+      softmax_phase(true_type{}, All{});
+      // Right edge, then the blocks between; left edge, then none.  The ends are read anew: kept, they were spilled.
+      for (int edge = 0; edge < 2; ++edge) {
+        auto const last = [&] { return read_now(in.saved->half_steps.last_whole); };
+        while (n_block > (edge ? last() : max_of(last(), read_now(in.saved->blocks.right_begin)))) {
+          product_phase(All{}, All{});
+          softmax_phase(true_type{}, All{});
+        }
+        while (n_block > max_of(last(), read_now(in.saved->blocks.left_end))) {
+          product_phase(All{}, All{});
+          softmax_phase(false_type{}, All{});
+        }
+      }
     } else if constexpr (kHasLeft) {  // masked at both ends
       if constexpr (!kFirstInLoop) { softmax_phase(true_type{}, All{}); }
       while (kFirstInLoop || n_block > first()) {
@@ -251,7 +265,7 @@ struct FwdMainloop {
           softmax_phase(false_type{}, All{});
         }
         if constexpr (kFirstInLoop) {
-          if (n_block == (kHalves ? read_now(in.saved->half_steps.last_whole) : first())) { break; }
+          if (n_block == first()) { break; }
           product_phase(All{}, All{});
         }
       }
@@ -290,9 +304,8 @@ struct FwdMainloop {
   // A k-step of P V: 16 keys, that is two n8 atoms of S with two columns each per thread; one ldmatrix.x4 per 16 of head_dim.
   static constexpr int kStepColumns = 4, kStepParts = Traits::kHeadDim / 16;
   static constexpr int kEarly = early_steps(Traits::kTile, Traits::kHeadDim, kLevel);
-  // Whether the first block's softmax shares the loop's instructions: with it 96 and 128 need fewer registers, 64 and 256 more.
-  static constexpr bool kFirstInLoop =
-      Traits::kHeadDim == 96 || Traits::kHeadDim == 128 || (kHalves && kHasLeft);
+  // Whether the first block's softmax shares the loop's instructions: with it 96 and 128 need fewer registers, 256 more.
+  static constexpr bool kFirstInLoop = Traits::kHeadDim == 96 || Traits::kHeadDim == 128;
   // Whether O gets its registers after the first product, or when the compiler likes; what needs fewer.
   static constexpr bool kLateO = Traits::kHeadDim != 256 || !kHasLeft || changes_scores(kLevel);
   // A vote tells the compiler that a condition is the same for all lanes.  It is worth its time, but some kernels spill with it.
