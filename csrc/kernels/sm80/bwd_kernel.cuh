@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     bool const ragged    = problem.cu_seqlens_q != nullptr;
     Site const site      = ragged ? find_site<true>(problem, tile.block, kBlockN)
                                   : dense_site(problem, tile.batch, tile.block);
+    // Every thread block waits, those without work too: when this kernel has ended, so has the one before.
     if (site.block * kBlockN >= site.k_rows) {
       wait_for_previous_kernel();
       return;

@@ -33,6 +33,7 @@ cudaError_t launch_bwd_kernels(BwdParams const& params, Kernel kernel, cudaStrea
       make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_kv,
                       heads_in_l2(query_bytes), ragged || problem.mask != MaskKind::kNone, group,
                       window ? short_blocks(problem.window_left, Traits::kBlockN, int(blocks)) : 0);
+  // Inputs may be read before the wait: the preprocess, an ordinary launch, began after the kernels that made them had ended.
   Start const start = has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
   status = launch_tiles(start, kernel, Grid{order.size()}, Traits::kThreads, Traits::kSmemBytes,
                         stream, params, order);
