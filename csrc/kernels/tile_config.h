@@ -50,12 +50,17 @@ constexpr FwdTile general_fwd_tile(int head_dim) {
 constexpr bool fwd_is_general(Level level) {
   return level == Level::kAll || level == Level::kDropout;
 }
-// The tile's early, but for head_dim 64: tanh and exponentials use the same unit; of random numbers and exponentials a quarter
-// is better drawn beside the product.
+// The tile's early, but for kernels where fewer are better: tanh and exponentials use the same unit; with dropout, the last k-step's
+// weights are made beside the product.
 constexpr int early_steps(FwdTile const& tile, int head_dim, Level level) {
   if (head_dim == 64 && level == Level::kSoftcap) { return 1; }
-  if (head_dim == 64 && level == Level::kDropout) { return 3; }
+  if ((head_dim == 64 || head_dim == 128) && level == Level::kDropout) { return tile.early - 1; }
   return tile.early;
+}
+// The k-steps of a block whose random numbers are drawn while the tensor cores compute its scores; the others' come with their
+// exponentials.  All of them cost 16 to 20 registers, which head dimensions above 128 do not have.
+constexpr int drawn_ahead(FwdTile const& tile, int head_dim, Level level) {
+  return level == Level::kDropout && head_dim <= 128 ? tile.block_n / 16 : 0;
 }
 
 struct BwdTile {

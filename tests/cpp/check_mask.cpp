@@ -24,12 +24,24 @@ bool sees(Visibility<kMask> const& m, int q, int k) {
   return true;
 }
 
-template <bool kTransposed, class TiledMma, class Tile_, MaskKind kMask>
+// The edges that a tile crosses, one after the other, as the forward kernel masks windows.
+template <class TiledMma, class Tile_, class TensorS, MaskKind kMask>
+void mask_edges(TensorS& s, Visibility<kMask> const& m, int row0, int col0, int thread) {
+  int const edges = m.crossed(row0, size<0>(Tile_{}), col0, size<1>(Tile_{}));
+  if (edges & 1) mask_edge<TiledMma, Tile_>(s, m, false, row0, col0, thread);
+  if (edges & 2) mask_edge<TiledMma, Tile_>(s, m, true, row0, col0, thread);
+}
+
+template <bool kTransposed, bool kByEdge, class TiledMma, class Tile_, MaskKind kMask>
 void check_tile(Visibility<kMask> const& m, int row0, int col0) {
   for (int thread = 0; thread < int(size(TiledMma{})); ++thread) {
     Tensor s = partition_fragment_C(TiledMma{}, Tile_{});
     for (int i = 0; i < size(s); ++i) s(i) = float(i + 1);
-    mask_scores<kTransposed, TiledMma, Tile_>(s, m, row0, col0, thread);
+    if constexpr (kByEdge) {
+      mask_edges<TiledMma, Tile_>(s, m, row0, col0, thread);
+    } else {
+      mask_scores<kTransposed, TiledMma, Tile_>(s, m, row0, col0, thread);
+    }
     Tensor c = TiledMma{}.get_slice(thread).partition_C(make_identity_tensor(Tile_{}));
     for (int i = 0; i < size(s); ++i) {
       int const down = get<0>(c(i)), across = get<1>(c(i));
@@ -47,13 +59,17 @@ void check_tile(Visibility<kMask> const& m, int row0, int col0) {
 template <class TiledMma, class Tile_>
 void check_masks(int sq, int sk, int row0, int col0) {
   auto both = [&](auto const& m) {
-    check_tile<false, TiledMma, Tile_>(m, row0, col0);
-    check_tile<true, TiledMma, Tile_>(m, row0, col0);
+    check_tile<false, false, TiledMma, Tile_>(m, row0, col0);
+    check_tile<true, false, TiledMma, Tile_>(m, row0, col0);
   };
   both(Visibility<MaskKind::kNone>{sq, sk, 0, 0});
   both(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
-  for (int left : {0, 7, 64})
-    for (int right : {0, 3}) both(Visibility<MaskKind::kLocal>{sq, sk, left, right});
+  for (int left : {0, 7, 64, kUnlimited})
+    for (int right : {0, 3, kUnlimited}) {
+      Visibility<MaskKind::kLocal> const window{sq, sk, left, right};
+      both(window);
+      check_tile<false, true, TiledMma, Tile_>(window, row0, col0);
+    }
 }
 
 int main() {

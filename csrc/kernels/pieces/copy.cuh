@@ -50,6 +50,32 @@ struct TileCopy {
   // One pointer per matrix moves along: recomputing it from the block index kept four more registers alive.
   CUTE_DEVICE void move(int64_t elements) { next += elements; }
 
+  // Starts the copy of the tile above the last one, all rows of which exist.  kUpward: rows from the last to the first, so that one
+  // addition leads from row to row and from tile to tile; next then is this thread's last row of the tile that it copies next, which
+  // move_to_last_row() makes it.  It takes fewer registers in some kernels, more in others.
+  CUTE_DEVICE void move_to_last_row() { next += (kRows - kRowStep) * row_stride; }
+  template <bool kUpward, class TensorS>
+  CUTE_DEVICE void start_above(TensorS const& sTile, int thread) {
+    if constexpr (!kUpward) {
+      move(-kRows * row_stride);
+      start<false>(sTile, 0, thread);
+    } else {
+      Element* const target = &sTile(row(thread), column(thread));
+      int const columns     = head_dim - column(opaque_index(thread));
+      int64_t const step    = -kRowStep * row_stride * int64_t(sizeof(Element));
+      CUTE_UNROLL
+      for (int i = kSteps - 1; i >= 0; --i) {
+        CUTE_UNROLL
+        for (int j = 0; j < kAtoms; ++j) {
+          cp_async_16(target + i * kRowStep * kAtomColumns + j * kRows * kAtomColumns,
+                      next + j * kAtomColumns, j * kAtomColumns < columns);
+        }
+        // Written out: the compiler would keep the offsets of all rows in registers.
+        asm("add.s64 %0, %0, %1;" : "+l"(next) : "l"(step));
+      }
+    }
+  }
+
   // Starts the copy of the next tile into sTile.  Rows from rows_left on become zeros (kCheckRows; otherwise all exist).
   template <bool kCheckRows, class TensorS>
   CUTE_DEVICE void start(TensorS const& sTile, int rows_left, int thread) const {

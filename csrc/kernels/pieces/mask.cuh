@@ -35,4 +35,22 @@ CUTE_HOST_DEVICE void mask_scores(TensorS& tSrS, Visibility<kMask> const& see, i
   }
 }
 
+// The same for one edge of the rows' keys: hides keys from the end on, or (is_left) those before the first.  S, queries down.
+template <class TiledMma, class TileShape, class TensorS, MaskKind kMask>
+CUTE_HOST_DEVICE void mask_edge(TensorS& tSrS, Visibility<kMask> const& see, bool is_left, int row0,
+                                int col0, int thread) {
+  Tensor cS          = make_identity_tensor(TileShape{});
+  Tensor tScS        = TiledMma{}.get_slice(thread).partition_C(cS);
+  Tensor t0ScS       = TiledMma{}.get_slice(_0{}).partition_C(cS);
+  int const thread_k = col0 + int(get<1>(tScS(_0{})));
+  int const edge_0 =
+      row0 + int(get<0>(tScS(_0{}))) + (is_left ? see.first_offset() : see.end_offset());
+  CUTE_UNROLL
+  for (int i = 0; i < size(tSrS); ++i) {
+    // No first key is beyond seqlen_k without its row's end being there too: one bound serves both.
+    int const edge = min_of(see.seqlen_k, edge_0 + int(get<0>(t0ScS(i)))) - thread_k;
+    if ((int(get<1>(t0ScS(i))) >= edge) != is_left) { tSrS(i) = -INFINITY; }
+  }
+}
+
 }  // namespace flash

@@ -78,6 +78,13 @@ struct Softmax {
     }
   }
 
+  // Columns [begin, end).
+  template <int kFirst = 0, class TensorS>
+  CUTE_DEVICE void exponentials(TensorS& scores, int begin, int end) {
+    CUTE_UNROLL
+    for (int c = begin; c < end; ++c) { exponentials<kFirst>(scores, c); }
+  }
+
   // After the last block: LSE (natural log, +inf where no key was seen), and row_sum becomes 1 / sum (0 there).
   CUTE_DEVICE void finish(float (&lse)[kRows]) {
     CUTE_UNROLL

@@ -27,9 +27,16 @@ struct Visibility {
   FLASH_HD int end_key(int q) const {
     return kHasRight ? min_of(seqlen_k, q + shift() + reach() + 1) : seqlen_k;
   }
+  // From a query to its keys' ends, where the sequence does not cut them off.
+  FLASH_HD int first_offset() const { return shift() - left; }
+  FLASH_HD int end_offset() const { return shift() + reach() + 1; }
   FLASH_HD int first_query(int k) const { return kHasRight ? max_of(0, k - shift() - reach()) : 0; }
   FLASH_HD int end_query(int k) const {
     return kHasLeft ? min_of(seqlen_q, k - shift() + left + 1) : seqlen_q;
+  }
+  // Edges that a tile of queries and keys crosses: 1 the right one (or the sequence's end), 2 the left one, 3 both.
+  FLASH_HD int crossed(int q0, int queries, int k0, int keys) const {
+    return int(k0 + keys > end_key(q0)) + 2 * int(q0 + queries - 1 + first_offset() > k0);
   }
 };
 

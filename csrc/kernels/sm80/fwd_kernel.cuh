@@ -93,7 +93,7 @@ struct QueryTile {
     constexpr int kRows    = 2 * decltype(size<1>(tOrO))::value;
     Problem const& problem = params.problem;
     Site const& site       = saved.site;
-    int const thread = opaque(threadIdx.x), row0 = site.block * Traits::kBlockM;
+    int const thread = opaque_index(threadIdx.x), row0 = site.block * Traits::kBlockM;
     float lse[kRows];
     softmax.finish(lse);
     auto o_rows = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
@@ -117,22 +117,27 @@ struct QueryTile {
         }
       }
     }
-    auto cO   = make_identity_tensor(Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
-    auto tOcO = typename Traits::TiledMma{}.get_slice(thread).partition_C(cO);
+    // The first of four lanes that share rows stores their LSE: before O, so that nothing waits for it at the end.
+    using Shape_         = Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>;
+    auto const place     = make_identity_tensor(Shape_{});
+    auto const mine      = typename Traits::TiledMma{}.get_slice(thread).partition_C(place);
+    auto const first     = typename Traits::TiledMma{}.get_slice(_0{}).partition_C(place);
+    auto const rows      = make_tensor(first.data(), rows_columns(first.layout()));
+    int const row        = row0 + int(get<0>(mine(_0{})));
+    int const rows_left  = thread % 4 ? 0 : site.seqlen_q - row;
+    float* const lse_row = params.lse + site.batch * problem.lse_batch_stride +
+                           saved.head * problem.lse_head_stride + site.q_row0 + row;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      int const down = get<0>(rows(r, 0));
+      if (down < rows_left) { lse_row[down] = lse[r]; }
+    }
     // Q's place: only this warp has read its rows.
     fragment_to_rows<typename Traits::TiledMma, Traits::kHeadDim>(
         round_to<Element>(tOrO), Traits::TileQ::tensor(smem),
         matrix_of<Element>(params.out, site.batch, saved.head) +
             int64_t(site.q_row0 + row0) * params.out.row_stride,
         params.out.row_stride, site.seqlen_q - row0, problem.head_dim, thread);
-    auto rows             = make_tensor(tOcO.data(), rows_columns(tOcO.layout()));
-    float* const lse_rows = params.lse + site.batch * problem.lse_batch_stride +
-                            saved.head * problem.lse_head_stride + site.q_row0 + row0;
-    CUTE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      int const row = get<0>(rows(r, 0));
-      if (get<1>(rows(0, 0)) == 0 && row0 + row < site.seqlen_q) { lse_rows[row] = lse[r]; }
-    }
   }
 };
 

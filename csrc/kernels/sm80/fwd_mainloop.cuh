@@ -6,6 +6,7 @@
 #include "pieces/mask.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
+#include "sm80/fwd_scores.cuh"
 #include "sm80/fwd_traits.cuh"
 #include "sm80/fwd_weights.cuh"
 
@@ -48,7 +49,7 @@ struct FwdMainloop {
 
   // Starts the loads of a tile's Q, last two K and last V.
   CUTE_DEVICE void start(Tile const& tile) const {
-    int const lane = threadIdx.x, n_block = tile.blocks.end - 1;
+    int const lane = opaque_index(threadIdx.x), n_block = tile.blocks.end - 1;
     int const row0      = tile.m_block * Traits::kBlockM;
     int const rows_left = tile.see.seqlen_k - n_block * Traits::kBlockN;
     CopyQ(tile.q + row0 * tile.q_row_stride, tile.q_row_stride, tile.head_dim, lane)
@@ -68,14 +69,15 @@ struct FwdMainloop {
   // The tile whose loads have been started, to tOrO (MMA, MMA_M, MMA_N).
   template <class TensorO, class Softmax_>
   CUTE_DEVICE void run(Tile const& in, TensorO& tOrO, Softmax_& softmax) const {
-    int const thread = opaque(threadIdx.x), row0 = in.m_block * Traits::kBlockM;
+    int const thread = opaque_index(threadIdx.x), row0 = in.m_block * Traits::kBlockM;
     Visibility<kMask> const& see = in.see;
     BlockRange const& blocks     = in.blocks;
     auto sQ                      = TileQ::tensor(smem);
     int n_block = blocks.end - 1, stage = 0;  // of the K and V that are used next
     // Where start() ended.
-    Copy copy_k = copy_of(in.k, in.k_row_stride, n_block - 1, in.head_dim, thread);
-    Copy copy_v = copy_of(in.v, in.v_row_stride, n_block, in.head_dim, thread);
+    Copy copy_k = copy_of(in.k, in.k_row_stride, n_block - 1 - kUpward, in.head_dim, thread);
+    Copy copy_v = copy_of(in.v, in.v_row_stride, n_block - kUpward, in.head_dim, thread);
+    if (kUpward) { copy_k.move_to_last_row(), copy_v.move_to_last_row(); }
     // Known without windows; with them kept where there is a register for it.
     constexpr bool kKeep = Traits::kHeadDim <= 96;
     auto const first     = [&] {
@@ -83,16 +85,12 @@ struct FwdMainloop {
       return kKeep ? blocks.first : read_now(in.saved->blocks.first);
     };
     auto load_next_k = [&](int n_block, int stage, int lane) {
-      if (n_block >= first()) {
-        copy_k.move(-Traits::kBlockN * in.k_row_stride);
-        copy_k.template start<false>(stage_k(stage), 0, lane);
-      }
+      if (n_block < first()) { return; }
+      copy_k.template start_above<kUpward>(stage_k(stage), lane);
     };
     auto load_next_v = [&](int n_block, int stage, int lane) {
-      if (n_block >= first()) {
-        copy_v.move(-Traits::kBlockN * in.v_row_stride);
-        copy_v.template start<false>(stage_v(stage), 0, lane);
-      }
+      if (n_block < first()) { return; }
+      copy_v.template start_above<kUpward>(stage_v(stage), lane);
     };
     cp_async_wait<1>();
     __syncthreads();  // PROTECTS: every thread's part of Q and the first K is in shared memory, and what in.saved holds.
@@ -123,43 +121,67 @@ struct FwdMainloop {
         return AllRows{};
       }
     };
+    // Random numbers of k-step k of block n_block.
+    auto const draw_now = [&](auto k, int lane) {
+      return draw<Traits>(read_now(in.saved->features.dropout),
+                          read_now(in.saved->site.block) * Traits::kBlockM,
+                          n_block * Traits::kBlockN, k, lane);
+    };
+    BlockBits ahead[kAhead > 0 ? kAhead : 1];
+    auto const beside_scores = [&](int part) {
+      if constexpr (kAhead > 0) {
+        constexpr int kEvery = Traits::kHeadDim / 16 * (Traits::kBlockN / 16) / kAhead;
+        if (part % kEvery == 0) {
+          ahead[part / kEvery] = draw_now(part / kEvery, opaque_index(thread));
+        }
+      }
+    };
     // P of k-step k.  atoms: the rows that a step is about.
     auto finish_step = [&](auto atoms, int k, int lane) {
       auto tSrP_part = atoms.of(tSrP);
       round_step(tSrP_part, atoms.of(tSrS), k);
       if constexpr (may_have(kLevel, Level::kDropout)) {
         if (decided<kLevel>(Level::kDropout, in.saved->features.drops)) {
-          drop<Traits>(tSrP,
-                       kKeep ? in.saved->features.dropout : read_now(in.saved->features.dropout),
-                       in.keep, read_now(in.saved->site.block) * Traits::kBlockM,
-                       n_block * Traits::kBlockN, k, lane);
+          BlockBits const bits = k < kAhead ? ahead[k] : draw_now(k, lane);
+          drop<Traits>(tSrP, bits, in.keep, read_now(in.saved->site.block) * Traits::kBlockM, k,
+                       lane);
         }
       }
     };
-    // Masks decided at run time are loops of at most one round: a branch would become predicated instructions, issued in every step.
-    auto hide = [&](auto masked, auto atoms, int lane) {
-      auto tSrS_part         = atoms.of(tSrS);
-      auto const hide_beyond = [&](auto edges, int crosses) {
-        for (int round = run_time_flag(masked) & crosses; round > 0; --round) {
-          mask_scores<false, typename Traits::TiledMma, TileOf<decltype(atoms)>, edges>(
-              tSrS_part, see_now(), first_row() + atoms.kFirst * kAtomRows,
-              n_block * Traits::kBlockN, fixed_in_loop(lane));
-        }
-      };
+    auto const top_of   = [&](auto atoms) { return first_row() + atoms.kFirst * kAtomRows; };
+    auto const edges_of = [&](auto atoms, int col0) {  // that these rows cross in this block
+      return see_now().crossed(top_of(atoms), atoms.kCount * kAtomRows, col0, Traits::kBlockN);
+    };
+    // Masks decided at run time are loops, mostly of no or one round: a branch would become predicated instructions, issued in every
+    // step.  By edge: a round for each; known_edges: where half steps are.
+    auto hide = [&](auto masked, auto atoms, int known_edges, int lane) {
+      using Tile_     = Shape<Int<atoms.kCount * kAtomRows>, Int<Traits::kBlockN>>;
+      auto tSrS_part  = atoms.of(tSrS);
+      int const kept  = n_block * Traits::kBlockN;
+      auto const col0 = [&] { return kKeepColumn ? kept : n_block * Traits::kBlockN; };
       if constexpr (kByEdge) {
-        int const top = first_row() + atoms.kFirst * kAtomRows, col0 = n_block * Traits::kBlockN;
-        auto const look = see_now();
-        bool right      = col0 + Traits::kBlockN > look.end_key(top);
-        bool left       = look.first_key(top + atoms.kCount * kAtomRows - 1) > col0;
-        hide_beyond(Constant<Edges::kRight>{}, opaque(right));
-        hide_beyond(Constant<Edges::kLeft>{}, opaque(left));
+        int const edges = kHalves ? known_edges : run_time_flag(masked) * edges_of(atoms, col0());
+        for (int left = opaque(edges); left > 0; left = left > 2 ? 2 : 0) {
+          mask_edge<typename Traits::TiledMma, Tile_>(tSrS_part, see_now(), left == 2,
+                                                      top_of(atoms), col0(), fixed_in_loop(lane));
+        }
       } else {
-        hide_beyond(Constant<Edges::kBoth>{}, 1);
+        for (int round = run_time_flag(masked); round > 0; --round) {
+          mask_scores<false, typename Traits::TiledMma, Tile_>(tSrS_part, see_now(), top_of(atoms),
+                                                               col0(), fixed_in_loop(lane));
+        }
       }
     };
     auto softmax_phase = [&](auto masked, auto atoms) {
       // Addresses that depend on the thread are worth fewer registers than they would take across steps.
-      int const lane = opaque(thread);
+      int const lane = opaque_index(thread);
+      // Each row atom by itself: seldom do both cross an edge.  Looked up before the loads, which this would wait behind.
+      constexpr bool kApart = kHalves && kByEdge && atoms.kCount == 2;
+      int upper = 0, lower = 0, col0 = n_block * Traits::kBlockN;
+      if constexpr (kHalves && kByEdge && !std::is_same_v<decltype(masked), false_type>) {
+        upper = edges_of(std::conditional_t<kApart, Upper, decltype(atoms)>{}, col0);
+        if (kApart) { lower = edges_of(Lower{}, col0); }
+      }
       load_next_k(n_block - 2, stage, lane);
       load_next_v(n_block - 1, stage ^ 1, lane);
       cp_async_commit();
@@ -169,16 +191,13 @@ struct FwdMainloop {
             tSrS, in.saved->site.block * Traits::kBlockM, n_block * Traits::kBlockN,
             see_now().shift(), lane);
       }
-      auto tSrS_part = atoms.of(tSrS);
-      if constexpr (Traits::kHeadDim == 256 && !kByEdge) {  // spilled through hide()
-        for (int round = run_time_flag(masked); round > 0; --round) {
-          mask_scores<false, typename Traits::TiledMma, TileOf<decltype(atoms)>>(
-              tSrS_part, see_now(), first_row() + atoms.kFirst * kAtomRows,
-              n_block * Traits::kBlockN, fixed_in_loop(lane));
-        }
+      if constexpr (kApart) {
+        hide(masked, Upper{}, upper, lane);
+        hide(masked, Lower{}, lower, lane);
       } else {
-        hide(masked, atoms, lane);
+        hide(masked, atoms, upper, lane);
       }
+      auto tSrS_part     = atoms.of(tSrS);
       auto scores        = rows_of(tSrS_part);
       auto tOrO_part     = atoms.of(tOrO);
       auto o_rows        = rows_of(tOrO_part);
@@ -187,7 +206,7 @@ struct FwdMainloop {
       if (!(kBounded && softmax.is_bounded())) { softmax.template update<kRow>(scores, o_rows); }
       CUTE_UNROLL
       for (int k = 0; k < kEarly; ++k) {
-        exponentials<kRow>(softmax, scores, k * kStepColumns, (k + 1) * kStepColumns);
+        softmax.template exponentials<kRow>(scores, k * kStepColumns, (k + 1) * kStepColumns);
         finish_step(atoms, k, lane);
       }
     };
@@ -197,9 +216,9 @@ struct FwdMainloop {
       auto const beside = [&](int part) {
         int const k = part / kStepParts + kEarly, j = part % kStepParts;
         if (k * kStepColumns < kColumns) {
-          exponentials<2 * atoms.kFirst>(softmax, scores,
-                                         k * kStepColumns + j * kStepColumns / kStepParts,
-                                         k * kStepColumns + (j + 1) * kStepColumns / kStepParts);
+          softmax.template exponentials<2 * atoms.kFirst>(
+              scores, k * kStepColumns + j * kStepColumns / kStepParts,
+              k * kStepColumns + (j + 1) * kStepColumns / kStepParts);
           if (j == kStepParts - 1) { finish_step(atoms, k, lane); }
         }
       };
@@ -211,23 +230,26 @@ struct FwdMainloop {
     };
     // O += P V of this block, then S of the next one.
     auto product_phase = [&](auto atoms, auto next_atoms) {
-      int const lane = opaque(thread), other = stage ^ 1;
+      int const lane = opaque_index(thread), other = stage ^ 1;
       multiply_values(lane, atoms, active());
       --n_block;
-      multiply_scores(next_atoms, tSrS, tSrQ, sQ, stage_k(other), lane, active());
+      multiply_scores<Traits>(next_atoms, tSrS, tSrQ, sQ, stage_k(other), lane, active(),
+                              beside_scores);
       end_products();
       stage = other;
     };
     if (kBounded && softmax.is_bounded()) { softmax.start_bounded(); }
     // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
     if (kHalves && agreed(read_now(in.saved->half_steps.begins))) {
-      multiply_scores(Lower{}, tSrS, tSrQ, sQ, stage_k(stage), thread, active());
+      multiply_scores<Traits>(Lower{}, tSrS, tSrQ, sQ, stage_k(stage), thread, active(),
+                              beside_scores);
       clear_now<kLateO>(tOrO);
       end_products();
       softmax_phase(true_type{}, Lower{});
       product_phase(Lower{}, All{});
     } else {
-      multiply_scores(All{}, tSrS, tSrQ, sQ, stage_k(stage), thread, active());
+      multiply_scores<Traits>(All{}, tSrS, tSrQ, sQ, stage_k(stage), thread, active(),
+                              beside_scores);
       clear_now<kLateO>(tOrO);
       end_products();
     }
@@ -235,10 +257,11 @@ struct FwdMainloop {
       while (true) {
         softmax_phase(in.saved->blocks.needs_mask(n_block), All{});
         if (n_block == first()) { break; }
-        multiply_values(opaque(thread), All{}, active());
+        multiply_values(opaque_index(thread), All{}, active());
         stage ^= 1;
         --n_block;
-        multiply_scores(All{}, tSrS, tSrQ, sQ, stage_k(stage), opaque(thread), active());
+        multiply_scores<Traits>(All{}, tSrS, tSrQ, sQ, stage_k(stage), opaque_index(thread),
+                                active(), beside_scores);
         end_products();
       }
     } else if constexpr (kHalves && kHasLeft) {
@@ -286,24 +309,23 @@ struct FwdMainloop {
     if (upper) {
       product_phase(All{}, Upper{});
       softmax_phase(true_type{}, Upper{});
-      multiply_values(opaque(thread), Upper{}, active());
+      multiply_values(opaque_index(thread), Upper{}, active());
     } else {
-      multiply_values(opaque(thread), All{}, active());
+      multiply_values(opaque_index(thread), All{}, active());
     }
   }
 
  private:
   using TileS = Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>;
   // What a step works on.
-  using All   = RowAtoms<0, kAtoms>;
-  using Upper = RowAtoms<0, 1>;
-  using Lower = RowAtoms<kAtoms - 1, kAtoms>;
-  template <class Atoms_>
-  using TileOf                  = Shape<Int<Atoms_::kCount * kAtomRows>, Int<Traits::kBlockN>>;
+  using All                     = RowAtoms<0, kAtoms>;
+  using Upper                   = RowAtoms<0, 1>;
+  using Lower                   = RowAtoms<kAtoms - 1, kAtoms>;
   static constexpr int kColumns = Traits::kBlockN / 4;  // score columns per thread
   // A k-step of P V: 16 keys, that is two n8 atoms of S with two columns each per thread; one ldmatrix.x4 per 16 of head_dim.
   static constexpr int kStepColumns = 4, kStepParts = Traits::kHeadDim / 16;
   static constexpr int kEarly = early_steps(Traits::kTile, Traits::kHeadDim, kLevel);
+  static constexpr int kAhead = drawn_ahead(Traits::kTile, Traits::kHeadDim, kLevel);
   // Whether the first block's softmax shares the loop's instructions: with it 96 and 128 need fewer registers, 256 more.
   static constexpr bool kFirstInLoop = Traits::kHeadDim == 96 || Traits::kHeadDim == 128;
   // Whether O gets its registers after the first product, or when the compiler likes; what needs fewer.
@@ -313,8 +335,12 @@ struct FwdMainloop {
     constexpr bool kVotes = Traits::kHeadDim <= 128 && !changes_scores(kLevel);
     return kVotes ? bool(__any_sync(~0u, condition)) : condition;
   }
-  // Blocks that cross a window's edge seldom cross both: each is masked by itself.
+  // Blocks that cross a window's edge seldom cross both: each is masked by itself, by the same instructions.
   static constexpr bool kByEdge = kHasLeft && kLevel == Level::kPlain;
+  // What spilled less.
+  static constexpr bool kKeepColumn = Traits::kHeadDim == 128;
+  // How copies walk from block to block; the others spilled with it.
+  static constexpr bool kUpward = kLevel == Level::kPlain;
   // Steps with and without mask share their instructions.
   static constexpr bool kOneBody = kLevel == Level::kAll;
   static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&
@@ -332,38 +358,6 @@ struct FwdMainloop {
                                   int head_dim, int thread) {
     return Copy(rows + int64_t(n_block) * Traits::kBlockN * row_stride, row_stride, head_dim,
                 thread);
-  }
-
-  // The shuffle returns the thread's own index.  Unlike the index it cannot be moved out of a loop, where what follows from it would
-  // be kept for the mask and spilled.
-  CUTE_DEVICE static int fixed_in_loop(int lane) { return __shfl_sync(~0u, lane, lane % 32); }
-  CUTE_DEVICE static constexpr int run_time_flag(true_type) { return 1; }
-  CUTE_DEVICE static constexpr int run_time_flag(false_type) { return 0; }
-  CUTE_DEVICE static int run_time_flag(bool flag) { return opaque(int(flag)); }
-
-  template <int kRow, class Softmax_, class TensorS>
-  CUTE_DEVICE static void exponentials(Softmax_& softmax, TensorS& scores, int begin, int end) {
-    CUTE_UNROLL
-    for (int c = begin; c < end; ++c) { softmax.template exponentials<kRow>(scores, c); }
-  }
-  // S = Q K^T
-  template <class Atoms_, class TensorS, class TensorRQ, class TensorSQ, class TensorSK, class Rows>
-  CUTE_DEVICE static void multiply_scores(Atoms_ atoms, TensorS& tSrS, TensorRQ& tSrQ,
-                                          TensorSQ const& sQ, TensorSK const& sK, int thread,
-                                          Rows rows) {
-    typename Traits::TiledMma mma;
-    auto tSrS_part = atoms.of(tSrS);
-    clear(tSrS_part);
-    if constexpr (Traits::kQInRegs) {
-      auto tSrQ_part = atoms.of(tSrQ);
-      gemm_rs<typename Traits::OperandK>(mma, tSrS_part, tSrQ_part, sK, thread, [](int) {}, rows);
-    } else {
-      auto const sQ_part =
-          local_tile(sQ, Shape<Int<Atoms_::kCount * kAtomRows>, Int<Traits::kHeadDim>>{},
-                     make_coord(Int<Atoms_::kFirst / Atoms_::kCount>{}, _0{}));
-      gemm_ss<typename Traits::OperandQ, typename Traits::OperandK>(
-          mma, tSrS_part, sQ_part, sK, thread, [](int) {}, rows);
-    }
   }
 };
 

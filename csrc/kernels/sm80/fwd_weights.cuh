@@ -7,16 +7,22 @@
 
 namespace flash::sm80 {
 
-// Drops weights of k-step k: 16 keys.  A warp with two m16 tiles has whole 32 x 16 blocks of random numbers, one with a single
-// tile half of each.
-template <class Traits, class TensorP>
-CUTE_DEVICE void drop(TensorP& tSrP, DropoutBits const& random, KeepRule const& keep, int row0,
-                      int col0, int k, int thread) {
-  constexpr int kTiles = decltype(size<1>(tSrP))::value;
+// The random numbers of a warp's weights for k-step k: 16 keys.  A warp with two m16 tiles has whole 32 x 16 blocks of them, one with
+// a single tile half of each.
+template <class Traits>
+CUTE_DEVICE BlockBits draw(DropoutBits const& random, int row0, int col0, int k, int thread) {
+  constexpr int kTiles = Traits::kBlockM / (16 * Traits::kWarps);
   static_assert(kTiles == 1 || Traits::kWholeRuns, "two m16 tiles are a run of 32 rows");
+  return random.block((row0 / 16 + thread / 32 * kTiles) / 2, col0 / 16 + k, thread % 32);
+}
+
+// Drops weights of k-step k.
+template <class Traits, class TensorP>
+CUTE_DEVICE void drop(TensorP& tSrP, BlockBits const& bits, KeepRule const& keep, int row0, int k,
+                      int thread) {
+  constexpr int kTiles = decltype(size<1>(tSrP))::value;
   auto pairs           = recast<uint32_t>(tSrP);  // (2, MMA_M, MMA_N)
   int const row16      = row0 / 16 + thread / 32 * kTiles;
-  BlockBits const bits = random.block(row16 / 2, col0 / 16 + k, thread % 32);
   CUTE_UNROLL
   for (int m = 0; m < kTiles; ++m) {
     int const half = kTiles == 1 ? row16 % 2 : m;
