@@ -36,7 +36,7 @@ struct SmemGrant {
 // Above 48 KB, static shared memory included, a kernel must ask for it.  That takes over a microsecond: each thread asks once.
 template <class Kernel>
 cudaError_t allow_smem(Kernel* kernel, int smem_bytes) {
-  constexpr int kStaticBytes = 1024;  // more than any kernel has
+  constexpr int kStaticBytes = 3072;  // more than any kernel has
   if (smem_bytes + kStaticBytes <= 48 * 1024) { return cudaSuccess; }
   thread_local std::vector<SmemGrant> grants;  // of the kernels of this type that the thread uses
   int device         = 0;

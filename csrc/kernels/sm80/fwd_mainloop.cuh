@@ -84,17 +84,11 @@ struct FwdMainloop {
       if (!kHasLeft) { return 0; }
       return kKeep ? blocks.first : read_now(in.saved->blocks.first);
     };
-    auto load_next_k = [&](int n_block, int stage, int lane) {
-      if (n_block < first()) { return; }
-      copy_k.template start_above<kUpward>(stage_k(stage), lane);
-    };
-    auto load_next_v = [&](int n_block, int stage, int lane) {
-      if (n_block < first()) { return; }
-      copy_v.template start_above<kUpward>(stage_v(stage), lane);
+    auto const load_block = [&](Copy& copy, int n_block, auto const& tile, int lane) {
+      if (n_block >= first()) { copy.template start_above<kUpward>(tile, lane); }
     };
     cp_async_wait<1>();
     __syncthreads();  // PROTECTS: every thread's part of Q and the first K is in shared memory, and what in.saved holds.
-
     auto tSrQ = Traits::OperandQ::fragments(sQ, thread);
     if constexpr (Traits::kQInRegs) {
       tSrQ = load_fragments<typename Traits::OperandQ>(sQ, thread);
@@ -157,8 +151,7 @@ struct FwdMainloop {
     auto hide = [&](auto masked, auto atoms, int known_edges, int lane) {
       using Tile_     = Shape<Int<atoms.kCount * kAtomRows>, Int<Traits::kBlockN>>;
       auto tSrS_part  = atoms.of(tSrS);
-      int const kept  = n_block * Traits::kBlockN;
-      auto const col0 = [&] { return kKeepColumn ? kept : n_block * Traits::kBlockN; };
+      auto const col0 = [&] { return n_block * Traits::kBlockN; };  // kept for the loops it spilled
       if constexpr (kByEdge) {
         int const edges = kHalves ? known_edges : run_time_flag(masked) * edges_of(atoms, col0());
         for (int left = opaque(edges); left > 0; left = left > 2 ? 2 : 0) {
@@ -182,8 +175,8 @@ struct FwdMainloop {
         upper = edges_of(std::conditional_t<kApart, Upper, decltype(atoms)>{}, col0);
         if (kApart) { lower = edges_of(Lower{}, col0); }
       }
-      load_next_k(n_block - 2, stage, lane);
-      load_next_v(n_block - 1, stage ^ 1, lane);
+      load_block(copy_k, n_block - 2, stage_k(stage), lane);
+      load_block(copy_v, n_block - 1, stage_v(stage ^ 1), lane);
       cp_async_commit();
       if constexpr (changes_scores(kLevel)) {
         ScoreMod const mod = in.saved->features.score_mod;
@@ -228,16 +221,38 @@ struct FwdMainloop {
                                          TileKV::transposed(smem_v() + stage * TileKV::kSize), lane,
                                          beside, rows);
     };
-    // O += P V of this block, then S of the next one.
-    auto product_phase = [&](auto atoms, auto next_atoms) {
+    __shared__ uint64_t parked[kParks ? 2 * Traits::kThreads : 1];
+    auto const place = [&](int i) -> uint64_t& {
+      return parked[i * Traits::kThreads + thread_now()];
+    };
+    auto const all_rows = [] { return AllRows{}; };
+    // O += P V of this block, then S of the next one.  rows: active, or all_rows where that is known to be the same.
+    auto product_phase = [&](auto atoms, auto next_atoms, auto rows) {
+      constexpr bool kParksNow =
+          kParks && std::is_same_v<decltype(rows), std::decay_t<decltype(active)>>;
+      if constexpr (kParksNow) { park(copy_v.next, place(0)), park(copy_k.next, place(1)); }
       int const lane = opaque_index(thread), other = stage ^ 1;
-      multiply_values(lane, atoms, active());
+      multiply_values(lane, atoms, rows());
       --n_block;
-      multiply_scores<Traits>(next_atoms, tSrS, tSrQ, sQ, stage_k(other), lane, active(),
+      multiply_scores<Traits>(next_atoms, tSrS, tSrQ, sQ, stage_k(other), lane, rows(),
                               beside_scores);
       end_products();
+      if constexpr (kParksNow) { fetch(copy_v.next, place(0)), fetch(copy_k.next, place(1)); }
       stage = other;
     };
+    auto const masked_step = [&] {
+      product_phase(All{}, All{}, active);
+      softmax_phase(true_type{}, All{});
+    };
+    auto const plain_step = [&] {
+      product_phase(All{}, All{}, all_rows);
+      softmax_phase(false_type{}, All{});
+    };
+    // Of the blocks, in windows.  Read anew: kept, they were spilled.
+    SavedTile const& now = *in.saved;
+    auto const last      = [&] { return kHalves ? read_now(now.half_steps.last_whole) : first(); };
+    auto const left_end  = [&] { return read_now(now.blocks.left_end); };
+    auto const right_end = [&] { return max_of(last(), read_now(now.blocks.right_begin)); };
     if (kBounded && softmax.is_bounded()) { softmax.start_bounded(); }
     // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
     if (kHalves && agreed(read_now(in.saved->half_steps.begins))) {
@@ -246,7 +261,7 @@ struct FwdMainloop {
       clear_now<kLateO>(tOrO);
       end_products();
       softmax_phase(true_type{}, Lower{});
-      product_phase(Lower{}, All{});
+      product_phase(Lower{}, All{}, active);
     } else {
       multiply_scores<Traits>(All{}, tSrS, tSrQ, sQ, stage_k(stage), thread, active(),
                               beside_scores);
@@ -266,22 +281,21 @@ struct FwdMainloop {
       }
     } else if constexpr (kHalves && kHasLeft) {
       softmax_phase(true_type{}, All{});
-      // Right edge, then the blocks between; left edge, then none.  The ends are read anew: kept, they were spilled.
+      // Right edge, then the blocks between; left edge, then none.
       for (int edge = 0; edge < 2; ++edge) {
-        auto const last = [&] { return read_now(in.saved->half_steps.last_whole); };
-        while (n_block > (edge ? last() : max_of(last(), read_now(in.saved->blocks.right_begin)))) {
-          product_phase(All{}, All{});
-          softmax_phase(true_type{}, All{});
-        }
-        while (n_block > max_of(last(), read_now(in.saved->blocks.left_end))) {
-          product_phase(All{}, All{});
-          softmax_phase(false_type{}, All{});
-        }
+        while (n_block > (edge ? last() : right_end())) { masked_step(); }
+        while (n_block > max_of(last(), left_end())) { plain_step(); }
       }
+    } else if constexpr (kParks) {  // the same; written as above, it spilled
+      softmax_phase(true_type{}, All{});
+      do {
+        while (n_block > (n_block > left_end() ? right_end() : last())) { masked_step(); }
+        while (n_block > max_of(last(), left_end())) { plain_step(); }
+      } while (n_block > last());
     } else if constexpr (kHasLeft) {  // masked at both ends
       if constexpr (!kFirstInLoop) { softmax_phase(true_type{}, All{}); }
       while (kFirstInLoop || n_block > first()) {
-        if constexpr (!kFirstInLoop) { product_phase(All{}, All{}); }
+        if constexpr (!kFirstInLoop) { product_phase(All{}, All{}, active); }
         if (agreed(read_now(in.saved->blocks).needs_mask(n_block))) {
           softmax_phase(true_type{}, All{});
         } else {
@@ -289,25 +303,17 @@ struct FwdMainloop {
         }
         if constexpr (kFirstInLoop) {
           if (n_block == first()) { break; }
-          product_phase(All{}, All{});
+          product_phase(All{}, All{}, active);
         }
       }
     } else {
       softmax_phase(true_type{}, All{});
-      if constexpr (Visibility<kMask>::kHasRight) {
-        while (n_block > max_of(blocks.right_begin, first())) {
-          product_phase(All{}, All{});
-          softmax_phase(true_type{}, All{});
-        }
-      }
-      while (n_block > first()) {
-        product_phase(All{}, All{});
-        softmax_phase(false_type{}, All{});
-      }
+      constexpr bool kHasRight = Visibility<kMask>::kHasRight;
+      while (kHasRight && n_block > max_of(blocks.right_begin, first())) { masked_step(); }
+      while (n_block > first()) { plain_step(); }
     }
-    bool const upper = kHalves && kHasLeft && n_block > first();
-    if (upper) {
-      product_phase(All{}, Upper{});
+    if (kHalves && kHasLeft && n_block > first()) {
+      product_phase(All{}, Upper{}, active);
       softmax_phase(true_type{}, Upper{});
       multiply_values(opaque_index(thread), Upper{}, active());
     } else {
@@ -337,10 +343,10 @@ struct FwdMainloop {
   }
   // Blocks that cross a window's edge seldom cross both: each is masked by itself, by the same instructions.
   static constexpr bool kByEdge = kHasLeft && kLevel == Level::kPlain;
-  // What spilled less.
-  static constexpr bool kKeepColumn = Traits::kHeadDim == 128;
+  // During masked products, the moving pointers lie in shared memory.
+  static constexpr bool kParks = kByEdge && Traits::kHeadDim == 128;
   // How copies walk from block to block; the others spilled with it.
-  static constexpr bool kUpward = kLevel == Level::kPlain;
+  static constexpr bool kUpward = kLevel == Level::kPlain && !kParks;
   // Steps with and without mask share their instructions.
   static constexpr bool kOneBody = kLevel == Level::kAll;
   static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&
