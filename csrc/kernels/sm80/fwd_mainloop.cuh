@@ -84,8 +84,11 @@ struct FwdMainloop {
       if (!kHasLeft) { return 0; }
       return kKeep ? blocks.first : read_now(in.saved->blocks.first);
     };
-    auto const load_block = [&](Copy& copy, int n_block, auto const& tile, int lane) {
-      if (n_block >= first()) { copy.template start_above<kUpward>(tile, lane); }
+    auto load_next_k = [&](int n_block, int stage, int lane) {
+      if (n_block >= first()) { copy_k.template start_above<kUpward>(stage_k(stage), lane); }
+    };
+    auto load_next_v = [&](int n_block, int stage, int lane) {
+      if (n_block >= first()) { copy_v.template start_above<kUpward>(stage_v(stage), lane); }
     };
     cp_async_wait<1>();
     __syncthreads();  // PROTECTS: every thread's part of Q and the first K is in shared memory, and what in.saved holds.
@@ -175,8 +178,8 @@ struct FwdMainloop {
         upper = edges_of(std::conditional_t<kApart, Upper, decltype(atoms)>{}, col0);
         if (kApart) { lower = edges_of(Lower{}, col0); }
       }
-      load_block(copy_k, n_block - 2, stage_k(stage), lane);
-      load_block(copy_v, n_block - 1, stage_v(stage ^ 1), lane);
+      load_next_k(n_block - 2, stage, lane);
+      load_next_v(n_block - 1, stage ^ 1, lane);
       cp_async_commit();
       if constexpr (changes_scores(kLevel)) {
         ScoreMod const mod = in.saved->features.score_mod;
@@ -322,8 +325,7 @@ struct FwdMainloop {
   }
 
  private:
-  using TileS = Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>;
-  // What a step works on.
+  using TileS                   = Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>;
   using All                     = RowAtoms<0, kAtoms>;
   using Upper                   = RowAtoms<0, 1>;
   using Lower                   = RowAtoms<kAtoms - 1, kAtoms>;
@@ -351,7 +353,6 @@ struct FwdMainloop {
   static constexpr bool kOneBody = kLevel == Level::kAll;
   static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&
                                    std::is_same_v<Element, cutlass::bfloat16_t>;
-  //   | Q | K stage 0 | K stage 1 | V stage 0 | V stage 1 |
   CUTE_DEVICE Element* smem_v() const { return smem + TileQ::kSize + kStages * TileKV::kSize; }
   CUTE_DEVICE auto stage_k(int stage) const {
     return TileKV::tensor(smem + TileQ::kSize + stage * TileKV::kSize);
@@ -359,7 +360,6 @@ struct FwdMainloop {
   CUTE_DEVICE auto stage_v(int stage) const {
     return TileKV::tensor(smem_v() + stage * TileKV::kSize);
   }
-
   CUTE_DEVICE static Copy copy_of(Element const* rows, int64_t row_stride, int n_block,
                                   int head_dim, int thread) {
     return Copy(rows + int64_t(n_block) * Traits::kBlockN * row_stride, row_stride, head_dim,
