@@ -150,7 +150,7 @@ struct FwdMainloop {
       return see_now().crossed(top_of(atoms), atoms.kCount * kAtomRows, col0, Traits::kBlockN);
     };
     // Masks decided at run time are loops, mostly of no or one round: a branch would become predicated instructions, issued in every
-    // step.  By edge: a round for each; known_edges: where half steps are.
+    // step.  By edge: a round for each that is left to do (1 right, 2 left, 3 both); known_edges: where there are half steps.
     auto hide = [&](auto masked, auto atoms, int known_edges, int lane) {
       using Tile_     = Shape<Int<atoms.kCount * kAtomRows>, Int<Traits::kBlockN>>;
       auto tSrS_part  = atoms.of(tSrS);
