@@ -15,6 +15,7 @@ namespace flash::sm80 {
 template <class Traits, MaskKind kMask, Level kLevel>
 struct QueryTile {
   using Mainloop = FwdMainloop<Traits, kMask, kLevel>;
+  using Loads    = typename Mainloop::Loads;
   using Element  = typename Traits::Element;
 
   FwdParams const& params;
@@ -26,15 +27,15 @@ struct QueryTile {
     if (!find(coord, found)) { return; }
     bool const sees_keys = found.blocks.first < found.blocks.end;
     auto const tile      = operands(found, head_kv);
-    Mainloop const mainloop{smem};
-    if (sees_keys) { mainloop.start(tile); }
+    Loads const loads{smem, int(reinterpret_cast<intptr_t>(params.problem.rng_state))};
+    if (sees_keys) { loads.start(tile); }
     if (threadIdx.x == 0) { saved = found; }
 
     auto tOrO = partition_fragment_C(typename Traits::TiledMma{},
                                      Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
     Softmax<2 * decltype(size<1>(tOrO))::value> softmax(params.problem.unit.scale_log2);
     if (sees_keys) {
-      mainloop.run(tile, tOrO, softmax);
+      Mainloop{loads}.run(tile, tOrO, softmax);
     } else {
       clear(tOrO);
       __syncthreads();  // PROTECTS: saved is complete.
@@ -68,7 +69,7 @@ struct QueryTile {
     return {tile.site.seqlen_q, tile.site.seqlen_k, tile.window_left, tile.window_right};
   }
 
-  CUTE_DEVICE typename Mainloop::Tile operands(SavedTile const& tile, int head_kv) const {
+  CUTE_DEVICE typename Loads::Tile operands(SavedTile const& tile, int head_kv) const {
     Problem const& problem = params.problem;
     auto const first_row   = [&](TensorRef const& tensor, int head, int row) {
       return matrix_of<Element>(tensor, tile.site.batch, head) + row * tensor.row_stride;

@@ -1,13 +1,12 @@
 #pragma once
 // The forward algorithm for one query tile: O = softmax(scale Q K^T) V over the key blocks that the tile sees.
 // Used by fwd_kernel.  Knows nothing of the grid.  Key blocks run right to left: the diagonal and the ragged end come first.
-#include "pieces/copy.cuh"
 #include "pieces/head.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
+#include "sm80/fwd_loads.cuh"
 #include "sm80/fwd_scores.cuh"
-#include "sm80/fwd_traits.cuh"
 #include "sm80/fwd_weights.cuh"
 
 namespace flash::sm80 {
@@ -20,12 +19,8 @@ namespace flash::sm80 {
 //   barrier       K(n), V(n+1) have been read by all warps; K(n-1), V(n) have arrived
 template <class Traits, MaskKind kMask, Level kLevel>
 struct FwdMainloop {
-  using Element = typename Traits::Element;
-  using TileQ   = typename Traits::TileQ;
-  using TileKV  = typename Traits::TileKV;
-  using Copy    = TileCopy<Element, Traits::kBlockN, Traits::kHeadDim, Traits::kThreads>;
-  using CopyQ   = TileCopy<Element, Traits::kBlockM, Traits::kHeadDim, Traits::kThreads>;
-  static constexpr int kStages   = Traits::kStages;
+  using Element                  = typename Traits::Element;
+  using Loads                    = FwdLoads<Traits, kMask>;
   static constexpr bool kHasLeft = Visibility<kMask>::kHasLeft;
   // Rows of one of the MMA's row atoms.  Half steps (pieces/visibility.cuh) work on one of two; above head dimension 64 they spilled.
   static constexpr int kAtomRows = 16 * Traits::kWarps, kAtoms = Traits::kBlockM / kAtomRows;
@@ -34,49 +29,20 @@ struct FwdMainloop {
   // Elsewhere a block's products leave out the row atom that does not see it, where that is faster.
   static constexpr bool kSkips = kHasLeft && kLevel == Level::kPlain && Traits::kHeadDim == 128;
   static_assert(!kSkips || kAtoms == 2, "each row atom is a half of the tile's rows");
-  // One query tile's matrices in global memory, from its first rows of Q and its sequence's first rows of K and V on.
-  struct Tile {
-    Element const *q, *k, *v;
-    int64_t q_row_stride, k_row_stride, v_row_stride;
-    int head_dim, m_block;
-    Visibility<kMask> see;
-    BlockRange blocks;       // not empty
-    SavedTile const* saved;  // in shared memory; read where kLevel needs it
-    KeepRule keep;
-  };
 
-  Element* const smem;
-
-  // Starts the loads of a tile's Q, last two K and last V.
-  CUTE_DEVICE void start(Tile const& tile) const {
-    int const lane = opaque_index(threadIdx.x), n_block = tile.blocks.end - 1;
-    int const row0      = tile.m_block * Traits::kBlockM;
-    int const rows_left = tile.see.seqlen_k - n_block * Traits::kBlockN;
-    CopyQ(tile.q + row0 * tile.q_row_stride, tile.q_row_stride, tile.head_dim, lane)
-        .template start<true>(TileQ::tensor(smem), tile.see.seqlen_q - row0, lane);
-    Copy copy_k = copy_of(tile.k, tile.k_row_stride, n_block, tile.head_dim, lane);
-    copy_k.template start<true>(stage_k(0), rows_left, lane);
-    cp_async_commit();
-    copy_of(tile.v, tile.v_row_stride, n_block, tile.head_dim, lane)
-        .template start<true>(stage_v(0), rows_left, lane);
-    if (n_block > tile.blocks.first) {
-      copy_k.move(-Traits::kBlockN * tile.k_row_stride);
-      copy_k.template start<false>(stage_k(1), 0, lane);
-    }
-    cp_async_commit();
-  }
+  Loads const loads;
 
   // The tile whose loads have been started, to tOrO (MMA, MMA_M, MMA_N).
   template <class TensorO, class Softmax_>
-  CUTE_DEVICE void run(Tile const& in, TensorO& tOrO, Softmax_& softmax) const {
+  CUTE_DEVICE void run(typename Loads::Tile const& in, TensorO& tOrO, Softmax_& softmax) const {
     int const thread = opaque_index(threadIdx.x), row0 = in.m_block * Traits::kBlockM;
     Visibility<kMask> const& see = in.see;
     BlockRange const& blocks     = in.blocks;
-    auto sQ                      = TileQ::tensor(smem);
+    auto sQ                      = loads.q();
     int n_block = blocks.end - 1, stage = 0;  // of the K and V that are used next
     // Where start() ended.
-    Copy copy_k = copy_of(in.k, in.k_row_stride, n_block - 1 - kUpward, in.head_dim, thread);
-    Copy copy_v = copy_of(in.v, in.v_row_stride, n_block - kUpward, in.head_dim, thread);
+    auto copy_k = loads.copy_of(in.k, in.k_row_stride, n_block - 1 - kUpward, in.head_dim, thread);
+    auto copy_v = loads.copy_of(in.v, in.v_row_stride, n_block - kUpward, in.head_dim, thread);
     if (kUpward) { copy_k.move_to_last_row(), copy_v.move_to_last_row(); }
     // Known without windows; with them kept where there is a register for it.
     constexpr bool kKeep = Traits::kHeadDim <= 96;
@@ -85,10 +51,10 @@ struct FwdMainloop {
       return kKeep ? blocks.first : read_now(in.saved->blocks.first);
     };
     auto load_next_k = [&](int n_block, int stage, int lane) {
-      if (n_block >= first()) { copy_k.template start_above<kUpward>(stage_k(stage), lane); }
+      if (n_block >= first()) { copy_k.template start_above<kUpward>(loads.k(stage), lane); }
     };
     auto load_next_v = [&](int n_block, int stage, int lane) {
-      if (n_block >= first()) { copy_v.template start_above<kUpward>(stage_v(stage), lane); }
+      if (n_block >= first()) { copy_v.template start_above<kUpward>(loads.v(stage), lane); }
     };
     cp_async_wait<1>();
     __syncthreads();  // PROTECTS: every thread's part of Q and the first K is in shared memory, and what in.saved holds.
@@ -100,9 +66,14 @@ struct FwdMainloop {
     auto tSrS         = partition_fragment_C(mma, TileS{});
     auto tSrP         = make_tensor<Element>(tSrS.layout());
     auto tOrP         = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
-    auto end_products = [&]() {
+    auto end_products = [&](auto placed, int score) {
       cp_async_wait<0>();
-      __syncthreads();  // PROTECTS: the loads started in the last softmax have arrived; no warp reads the stages refilled next.
+      // PROTECTS: the loads started in the last softmax have arrived; no warp reads the stages refilled next.
+      if constexpr (placed) {
+        named_barrier(score & loads.zero);
+      } else {
+        __syncthreads();
+      }
     };
     auto const first_row = [&] {
       return !kHasLeft || kKeep ? opaque(row0) : read_now(in.saved->site.block) * Traits::kBlockM;
@@ -168,16 +139,24 @@ struct FwdMainloop {
         }
       }
     };
-    auto softmax_phase = [&](auto masked, auto atoms) {
+    // Edges that the upper and the lower row atom cross in a block; upper: that some of one's rows do.  Looked up before the products that
+    // lead to the block: after their barrier, it would be waited for.
+    struct AtomEdges {
+      int upper = 0, lower = 0;
+    };
+    auto const look_up = [&](auto atoms, int block) {
+      AtomEdges found;
+      if constexpr (kHalves && kByEdge) {
+        constexpr bool kBoth = atoms.kCount == 2;
+        int const col0       = block * Traits::kBlockN;
+        found.upper          = edges_of(std::conditional_t<kBoth, Upper, decltype(atoms)>{}, col0);
+        if (kBoth) { found.lower = edges_of(Lower{}, col0); }
+      }
+      return found;
+    };
+    auto softmax_phase = [&](auto masked, auto atoms, AtomEdges edges) {
       // Addresses that depend on the thread are worth fewer registers than they would take across steps.
       int const lane = opaque_index(thread);
-      // Each row atom by itself: seldom do both cross an edge.  Looked up before the loads, which this would wait behind.
-      constexpr bool kApart = kHalves && kByEdge && atoms.kCount == 2;
-      int upper = 0, lower = 0, col0 = n_block * Traits::kBlockN;
-      if constexpr (kHalves && kByEdge && !std::is_same_v<decltype(masked), false_type>) {
-        upper = edges_of(std::conditional_t<kApart, Upper, decltype(atoms)>{}, col0);
-        if (kApart) { lower = edges_of(Lower{}, col0); }
-      }
       load_next_k(n_block - 2, stage, lane);
       load_next_v(n_block - 1, stage ^ 1, lane);
       cp_async_commit();
@@ -187,11 +166,11 @@ struct FwdMainloop {
             tSrS, in.saved->site.block * Traits::kBlockM, n_block * Traits::kBlockN,
             see_now().shift(), lane);
       }
-      if constexpr (kApart) {
-        hide(masked, Upper{}, upper, lane);
-        hide(masked, Lower{}, lower, lane);
+      if constexpr (kHalves && kByEdge && atoms.kCount == 2) {  // seldom do both cross an edge
+        hide(masked, Upper{}, edges.upper, lane);
+        hide(masked, Lower{}, edges.lower, lane);
       } else {
-        hide(masked, atoms, upper, lane);
+        hide(masked, atoms, edges.upper, lane);
       }
       auto tSrS_part     = atoms.of(tSrS);
       auto scores        = rows_of(tSrS_part);
@@ -220,8 +199,7 @@ struct FwdMainloop {
       };
       auto tOrO_part = atoms.of(tOrO);
       auto tOrP_part = atoms.of(tOrP);
-      gemm_rs<typename Traits::OperandV>(mma, tOrO_part, tOrP_part,
-                                         TileKV::transposed(smem_v() + stage * TileKV::kSize), lane,
+      gemm_rs<typename Traits::OperandV>(mma, tOrO_part, tOrP_part, loads.v_transposed(stage), lane,
                                          beside, rows);
     };
     __shared__ uint64_t parked[kParks ? 2 * Traits::kThreads : 1];
@@ -230,26 +208,33 @@ struct FwdMainloop {
     };
     auto const all_rows = [] { return AllRows{}; };
     // O += P V of this block, then S of the next one.  rows: active, or all_rows where that is known to be the same.
-    auto product_phase = [&](auto atoms, auto next_atoms, auto rows) {
+    // last_part: see kPlainPart.
+    auto product_phase = [&](auto atoms, auto next_atoms, auto rows, auto last_part) {
       constexpr bool kParksNow =
           kParks && std::is_same_v<decltype(rows), std::decay_t<decltype(active)>>;
       if constexpr (kParksNow) { park(copy_v.next, place(0)), park(copy_k.next, place(1)); }
       int const lane = opaque_index(thread), other = stage ^ 1;
       multiply_values(lane, atoms, rows());
       --n_block;
-      multiply_scores<Traits>(next_atoms, tSrS, tSrQ, sQ, stage_k(other), lane, rows(),
-                              beside_scores);
-      end_products();
+      if constexpr (last_part.value < 0) {
+        multiply_scores<Traits>(next_atoms, tSrS, tSrQ, sQ, loads.k(other), lane, rows(),
+                                beside_scores);
+        end_products(false_type{}, 0);
+      } else {
+        end_products(true_type{}, multiply_scores_until<Traits, last_part.value>(
+                                      next_atoms, tSrS, tSrQ, sQ, loads.k(other), lane, rows()));
+      }
       if constexpr (kParksNow) { fetch(copy_v.next, place(0)), fetch(copy_k.next, place(1)); }
       stage = other;
     };
     auto const masked_step = [&] {
-      product_phase(All{}, All{}, active);
-      softmax_phase(true_type{}, All{});
+      AtomEdges const edges = look_up(All{}, n_block - 1);
+      product_phase(All{}, All{}, active, Int<kMaskedPart>{});
+      softmax_phase(true_type{}, All{}, edges);
     };
     auto const plain_step = [&] {
-      product_phase(All{}, All{}, all_rows);
-      softmax_phase(false_type{}, All{});
+      product_phase(All{}, All{}, all_rows, Int<kPlainPart>{});
+      softmax_phase(false_type{}, All{}, {});
     };
     // Of the blocks, in windows.  Read anew: kept, they were spilled.
     SavedTile const& now = *in.saved;
@@ -258,66 +243,71 @@ struct FwdMainloop {
     auto const right_end = [&] { return max_of(last(), read_now(now.blocks.right_begin)); };
     if (kBounded && softmax.is_bounded()) { softmax.start_bounded(); }
     // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
+    AtomEdges edges;
     if (kHalves && agreed(read_now(in.saved->half_steps.begins))) {
-      multiply_scores<Traits>(Lower{}, tSrS, tSrQ, sQ, stage_k(stage), thread, active(),
+      edges = look_up(Lower{}, n_block);
+      multiply_scores<Traits>(Lower{}, tSrS, tSrQ, sQ, loads.k(stage), thread, active(),
                               beside_scores);
       clear_now<kLateO>(tOrO);
-      end_products();
-      softmax_phase(true_type{}, Lower{});
-      product_phase(Lower{}, All{}, active);
+      end_products(false_type{}, 0);
+      softmax_phase(true_type{}, Lower{}, edges);
+      edges = look_up(All{}, n_block - 1);
+      product_phase(Lower{}, All{}, active, kAnyPart);
     } else {
-      multiply_scores<Traits>(All{}, tSrS, tSrQ, sQ, stage_k(stage), thread, active(),
+      edges = look_up(All{}, n_block);
+      multiply_scores<Traits>(All{}, tSrS, tSrQ, sQ, loads.k(stage), thread, active(),
                               beside_scores);
       clear_now<kLateO>(tOrO);
-      end_products();
+      end_products(false_type{}, 0);
     }
     if constexpr (kOneBody) {
       while (true) {
-        softmax_phase(in.saved->blocks.needs_mask(n_block), All{});
+        softmax_phase(in.saved->blocks.needs_mask(n_block), All{}, edges);
         if (n_block == first()) { break; }
         multiply_values(opaque_index(thread), All{}, active());
         stage ^= 1;
         --n_block;
-        multiply_scores<Traits>(All{}, tSrS, tSrQ, sQ, stage_k(stage), opaque_index(thread),
+        multiply_scores<Traits>(All{}, tSrS, tSrQ, sQ, loads.k(stage), opaque_index(thread),
                                 active(), beside_scores);
-        end_products();
+        end_products(false_type{}, 0);
       }
     } else if constexpr (kHalves && kHasLeft) {
-      softmax_phase(true_type{}, All{});
+      softmax_phase(true_type{}, All{}, edges);
       // Right edge, then the blocks between; left edge, then none.
       for (int edge = 0; edge < 2; ++edge) {
         while (n_block > (edge ? last() : right_end())) { masked_step(); }
         while (n_block > max_of(last(), left_end())) { plain_step(); }
       }
     } else if constexpr (kParks) {  // the same; written as above, it spilled
-      softmax_phase(true_type{}, All{});
+      softmax_phase(true_type{}, All{}, edges);
       do {
         while (n_block > (n_block > left_end() ? right_end() : last())) { masked_step(); }
         while (n_block > max_of(last(), left_end())) { plain_step(); }
       } while (n_block > last());
     } else if constexpr (kHasLeft) {  // masked at both ends
-      if constexpr (!kFirstInLoop) { softmax_phase(true_type{}, All{}); }
+      if constexpr (!kFirstInLoop) { softmax_phase(true_type{}, All{}, edges); }
       while (kFirstInLoop || n_block > first()) {
-        if constexpr (!kFirstInLoop) { product_phase(All{}, All{}, active); }
+        if constexpr (!kFirstInLoop) { product_phase(All{}, All{}, active, kAnyPart); }
         if (agreed(read_now(in.saved->blocks).needs_mask(n_block))) {
-          softmax_phase(true_type{}, All{});
+          softmax_phase(true_type{}, All{}, edges);
         } else {
-          softmax_phase(false_type{}, All{});
+          softmax_phase(false_type{}, All{}, edges);
         }
         if constexpr (kFirstInLoop) {
           if (n_block == first()) { break; }
-          product_phase(All{}, All{}, active);
+          product_phase(All{}, All{}, active, kAnyPart);
         }
       }
     } else {
-      softmax_phase(true_type{}, All{});
+      softmax_phase(true_type{}, All{}, edges);
       constexpr bool kHasRight = Visibility<kMask>::kHasRight;
       while (kHasRight && n_block > max_of(blocks.right_begin, first())) { masked_step(); }
       while (n_block > first()) { plain_step(); }
     }
     if (kHalves && kHasLeft && n_block > first()) {
-      product_phase(All{}, Upper{}, active);
-      softmax_phase(true_type{}, Upper{});
+      edges = look_up(Upper{}, n_block - 1);
+      product_phase(All{}, Upper{}, active, kAnyPart);
+      softmax_phase(true_type{}, Upper{}, edges);
       multiply_values(opaque_index(thread), Upper{}, active());
     } else {
       multiply_values(opaque_index(thread), All{}, active());
@@ -349,22 +339,16 @@ struct FwdMainloop {
   static constexpr bool kParks = kByEdge && Traits::kHeadDim == 128;
   // How copies walk from block to block; the others spilled with it.
   static constexpr bool kUpward = kLevel == Level::kPlain && !kParks;
+  // The compiler moves tensor core instructions across the barrier, others with each change of the code: of a step's 128 it put 70 to 128
+  // before it, which made windows up to 8 % slower.  There the barrier waits for a part of Q K^T (an ldmatrix.x4 of K and its products),
+  // so that about 106 lie before it, and more in steps with masks.
+  static constexpr bool kPlaced   = kByEdge && Traits::kHeadDim == 64;
+  static constexpr int kPlainPart = kPlaced ? 5 : -1, kMaskedPart = kPlaced ? 11 : -1;
+  static constexpr Int<-1> kAnyPart{};
   // Steps with and without mask share their instructions.
   static constexpr bool kOneBody = kLevel == Level::kAll;
   static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&
                                    std::is_same_v<Element, cutlass::bfloat16_t>;
-  CUTE_DEVICE Element* smem_v() const { return smem + TileQ::kSize + kStages * TileKV::kSize; }
-  CUTE_DEVICE auto stage_k(int stage) const {
-    return TileKV::tensor(smem + TileQ::kSize + stage * TileKV::kSize);
-  }
-  CUTE_DEVICE auto stage_v(int stage) const {
-    return TileKV::tensor(smem_v() + stage * TileKV::kSize);
-  }
-  CUTE_DEVICE static Copy copy_of(Element const* rows, int64_t row_stride, int n_block,
-                                  int head_dim, int thread) {
-    return Copy(rows + int64_t(n_block) * Traits::kBlockN * row_stride, row_stride, head_dim,
-                thread);
-  }
 };
 
 }  // namespace flash::sm80
