@@ -253,7 +253,13 @@ def assert_same_result(ours: Result, want: Result, case: object, *, dq_bitwise: 
 
 
 def assert_nearly(
-    name: str, ours: Tensor, want: Tensor, case: object, *, eps: float | None = None
+    name: str,
+    ours: Tensor,
+    want: Tensor,
+    case: object,
+    *,
+    eps: float | None = None,
+    slack: float = 1e-6,
 ) -> None:
     """Equal but for the order of fp32 sums: two eps (default: of the dtype) of the largest value."""
     assert ours.shape == want.shape and ours.dtype == want.dtype, f"{name}; case {case}"
@@ -263,7 +269,7 @@ def assert_nearly(
     finite = want.isfinite()
     ours, want = torch.where(finite, ours, 0), torch.where(finite, want, 0)
     eps = torch.finfo(want.dtype).eps if eps is None else eps
-    limit = 2 * eps * want.abs().max().item() + 1e-6
+    limit = 2 * eps * want.abs().max().item() + slack
     error = (ours.double() - want.double()).abs()
     if error.max().item() > limit:
         at = tuple(int(i) for i in (error == error.max()).nonzero()[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -141,7 +142,11 @@ def test_very_long_sequences(device: str, case: AttnCase) -> None:
     tail = Inputs(x.q[:, -rows:], x.k, x.v, x.dout[:, -rows:])
     want = check_case(case.but(seqlen_q=rows), tail)
     assert_nearly("out", ours.out[:, -rows:], want.out, case)
-    assert_nearly("lse", ours.lse[..., -rows:], want.lse, case)
+    # When a row's reference moves depends on the other rows of its warp, and with it how sums are rounded: each
+    # of four threads adds a quarter of the weights in fp32, off by up to half an eps each time, at random.  A
+    # missing block of 64 keys would be at least twice that.
+    slack = math.sqrt(case.seqlen_k / 4) * torch.finfo(torch.float32).eps / 2
+    assert_nearly("lse", ours.lse[..., -rows:], want.lse, case, slack=slack)
 
 
 ONE_EACH = [
