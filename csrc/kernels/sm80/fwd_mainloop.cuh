@@ -139,8 +139,8 @@ struct FwdMainloop {
         }
       }
     };
-    // Edges that the upper and the lower row atom cross in a block; upper: that some of one's rows do.  Looked up before the products that
-    // lead to the block: after their barrier, it would be waited for.
+    // Edges that the upper and the lower row atom cross in a block; those of a single atom are in upper.  Looked up before the products
+    // that lead to the block: after their barrier, it would be waited for.
     struct AtomEdges {
       int upper = 0, lower = 0;
     };
