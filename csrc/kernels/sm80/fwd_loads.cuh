@@ -27,7 +27,7 @@ struct FwdLoads {
   };
 
   Element* const smem;
-  int zero;  // 0 without dropout, which the compiler does not know
+  int zero;  // 0 without dropout, unknown to the compiler (barrier_after); a field of Tile, it made other kernels spill
 
   // Starts the loads of a tile's Q, last two K and last V.
   CUTE_DEVICE void start(Tile const& tile) const {

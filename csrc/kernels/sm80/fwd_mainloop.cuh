@@ -63,14 +63,14 @@ struct FwdMainloop {
       tSrQ = load_fragments<typename Traits::OperandQ>(sQ, thread);
     }
     typename Traits::TiledMma mma;
-    auto tSrS         = partition_fragment_C(mma, TileS{});
-    auto tSrP         = make_tensor<Element>(tSrS.layout());
-    auto tOrP         = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
-    auto end_products = [&](auto placed, int score) {
+    auto tSrS = partition_fragment_C(mma, TileS{});
+    auto tSrP = make_tensor<Element>(tSrS.layout());
+    auto tOrP = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
+    // PROTECTS: the loads started in the last softmax have arrived; no warp reads the stages refilled next.
+    auto end_products = [&](auto... score) {  // of no or one that the barrier waits for
       cp_async_wait<0>();
-      // PROTECTS: the loads started in the last softmax have arrived; no warp reads the stages refilled next.
-      if constexpr (placed) {
-        named_barrier(score & loads.zero);
+      if constexpr (sizeof...(score) == 1) {
+        barrier_after(score..., loads.zero);
       } else {
         __syncthreads();
       }
@@ -208,7 +208,7 @@ struct FwdMainloop {
     };
     auto const all_rows = [] { return AllRows{}; };
     // O += P V of this block, then S of the next one.  rows: active, or all_rows where that is known to be the same.
-    // last_part: see kPlainPart.
+    // last_part: of Q K^T, before the barrier (kPlainPart); kAnyPart leaves that to the compiler.
     auto product_phase = [&](auto atoms, auto next_atoms, auto rows, auto last_part) {
       constexpr bool kParksNow =
           kParks && std::is_same_v<decltype(rows), std::decay_t<decltype(active)>>;
@@ -219,10 +219,10 @@ struct FwdMainloop {
       if constexpr (last_part.value < 0) {
         multiply_scores<Traits>(next_atoms, tSrS, tSrQ, sQ, loads.k(other), lane, rows(),
                                 beside_scores);
-        end_products(false_type{}, 0);
+        end_products();
       } else {
-        end_products(true_type{}, multiply_scores_until<Traits, last_part.value>(
-                                      next_atoms, tSrS, tSrQ, sQ, loads.k(other), lane, rows()));
+        end_products(multiply_scores_watched<Traits, last_part.value>(
+            next_atoms, tSrS, tSrQ, sQ, loads.k(other), lane, rows()));
       }
       if constexpr (kParksNow) { fetch(copy_v.next, place(0)), fetch(copy_k.next, place(1)); }
       stage = other;
@@ -249,7 +249,7 @@ struct FwdMainloop {
       multiply_scores<Traits>(Lower{}, tSrS, tSrQ, sQ, loads.k(stage), thread, active(),
                               beside_scores);
       clear_now<kLateO>(tOrO);
-      end_products(false_type{}, 0);
+      end_products();
       softmax_phase(true_type{}, Lower{}, edges);
       edges = look_up(All{}, n_block - 1);
       product_phase(Lower{}, All{}, active, kAnyPart);
@@ -258,7 +258,7 @@ struct FwdMainloop {
       multiply_scores<Traits>(All{}, tSrS, tSrQ, sQ, loads.k(stage), thread, active(),
                               beside_scores);
       clear_now<kLateO>(tOrO);
-      end_products(false_type{}, 0);
+      end_products();
     }
     if constexpr (kOneBody) {
       while (true) {
@@ -269,7 +269,7 @@ struct FwdMainloop {
         --n_block;
         multiply_scores<Traits>(All{}, tSrS, tSrQ, sQ, loads.k(stage), opaque_index(thread),
                                 active(), beside_scores);
-        end_products(false_type{}, 0);
+        end_products();
       }
     } else if constexpr (kHalves && kHasLeft) {
       softmax_phase(true_type{}, All{}, edges);
@@ -336,7 +336,7 @@ struct FwdMainloop {
   // Blocks that cross a window's edge seldom cross both: each is masked by itself, by the same instructions.
   static constexpr bool kByEdge = kHasLeft && kLevel == Level::kPlain;
   // During masked products, the moving pointers lie in shared memory.
-  static constexpr bool kParks = kByEdge && Traits::kHeadDim == 128;
+  static constexpr bool kParks = kSkips;
   // How copies walk from block to block; the others spilled with it.
   static constexpr bool kUpward = kLevel == Level::kPlain && !kParks;
   // The compiler moves tensor core instructions across the barrier, others with each change of the code: of a step's 128 it put 70 to 128
@@ -345,6 +345,7 @@ struct FwdMainloop {
   static constexpr bool kPlaced   = kByEdge && Traits::kHeadDim == 64;
   static constexpr int kPlainPart = kPlaced ? 5 : -1, kMaskedPart = kPlaced ? 11 : -1;
   static constexpr Int<-1> kAnyPart{};
+  static_assert(!kPlaced || kAhead == 0, "multiply_scores_watched has nothing beside it");
   // Steps with and without mask share their instructions.
   static constexpr bool kOneBody = kLevel == Level::kAll;
   static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&

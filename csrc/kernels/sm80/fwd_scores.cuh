@@ -26,12 +26,12 @@ CUTE_DEVICE void multiply_scores(Atoms atoms, TensorS& tSrS, TensorRQ& tSrQ, Ten
   }
 }
 
-// The same; returns the bits of a score as it was after that part of the product (gemm_pipelined).
+// The same; returns the bits of one score as it was after part kPart (gemm_pipelined), for barrier_after.
 template <class Traits, int kPart, class Atoms, class TensorS, class TensorRQ, class TensorSQ,
           class TensorSK, class Rows>
-CUTE_DEVICE int multiply_scores_until(Atoms atoms, TensorS& tSrS, TensorRQ& tSrQ,
-                                      TensorSQ const& sQ, TensorSK const& sK, int thread,
-                                      Rows rows) {
+CUTE_DEVICE int multiply_scores_watched(Atoms atoms, TensorS& tSrS, TensorRQ& tSrQ,
+                                        TensorSQ const& sQ, TensorSK const& sK, int thread,
+                                        Rows rows) {
   constexpr int kColumn = kPart % (Traits::kBlockN / 16) * 2 + 1;  // n8 atom
   int bits              = 0;
   multiply_scores<Traits>(atoms, tSrS, tSrQ, sQ, sK, thread, rows, [&](int part) {
@@ -44,9 +44,9 @@ CUTE_DEVICE int multiply_scores_until(Atoms atoms, TensorS& tSrS, TensorRQ& tSrQ
 // be kept for the mask and spilled.
 CUTE_DEVICE int fixed_in_loop(int lane) { return as_index(__shfl_sync(~0u, lane, lane % 32)); }
 
-// __syncthreads(); number: 0, which the compiler need not know.
-CUTE_DEVICE void named_barrier(int number) {
-  asm volatile("bar.sync %0;" ::"r"(number) : "memory");
+// __syncthreads() that waits for a score's bits: the barrier's number depends on them.  zero: 0, which the compiler must not know.
+CUTE_DEVICE void barrier_after(int score, int zero) {
+  asm volatile("bar.sync %0;" ::"r"(score & zero) : "memory");
 }
 
 // Rounds of a loop that is run or not: known to the compiler, or only when the program runs.
