@@ -67,6 +67,8 @@ def plot_speed(result: Result, path: Path) -> None:
             ]
             _plot_cells(axes, chosen)
             axes.set_title(f"head_dim {head_dim}, {mask_name(causal)}", fontsize=9)
+        # Once the row is complete: the axes share their limits, and setting one ends their fitting.
+        axes_row[0].set_ylim(bottom=0)
     for axes in grid[-1]:
         axes.set_xlabel("sequence length")
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -98,6 +100,7 @@ def plot_decode(result: Result, path: Path) -> None:
         title += f", batch {first['batch']}, heads {first['heads_q']}/{first['heads_k']}"
     axes.set(xlabel="tokens in the cache, per sequence", ylabel="TB/s", title=title)
     _seqlen_axis(axes, [row["seqlen"] for row in rows])
+    axes.set_ylim(bottom=0)
     axes.legend()
     facts = result["environment"]
     figure.supxlabel(f"{facts['device']}, torch {facts['torch']}, {result['dtype']}", fontsize=8)
@@ -124,5 +127,4 @@ def _seqlen_axis(axes: plt.Axes, values: list[int]) -> None:
     seqlens = sorted(set(values))
     axes.set_xscale("log", base=2)
     axes.set_xticks(seqlens, [f"{s // 1024}k" if s >= 1024 else str(s) for s in seqlens])
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -324,6 +324,24 @@ def test_plot_of_a_result_is_written(result, tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_shows_every_point_from_zero_on(result, tmp_path, monkeypatch):
+    """Also where a later panel's values are larger than the first one's."""
+    cells = result["cells"]
+    larger = [{**cell, "head_dim": 2 * cell["head_dim"]} for cell in cells]
+    for cell in larger:
+        scaled = cell["providers"].items()
+        cell["providers"] = {n: {**p, "tflops": 3 * p["tflops"]} for n, p in scaled}
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    plot.plot_speed({**result, "cells": cells + larger}, tmp_path / "speed.png")
+    monkeypatch.undo()
+    for axes in figures[0].axes:
+        bottom, top = axes.get_ylim()
+        assert bottom == 0
+        assert all(max(line.get_ydata()) < top for line in axes.lines)
+    plot.plt.close(figures[0])
+
+
 # README
 
 
