@@ -21,9 +21,9 @@ SERVES = {
 # Small kernels that every build has.
 BESIDE_DECODING = "appending to a cache, rotary embedding on the way, merge_states"
 CPU_FILES = [
-    ("flash_attn/_reference.py", "attention and gradients"),
-    ("flash_attn/_reference_varlen.py", "variable length, paged keys and values"),
-    ("flash_attn/_reference_decode.py", "flash_attn_with_kvcache, merge_states"),
+    ("flash_attn/cpu/attention.py", "attention and gradients"),
+    ("flash_attn/cpu/varlen.py", "variable length, paged keys and values"),
+    ("flash_attn/cpu/decode.py", "flash_attn_with_kvcache, merge_states"),
 ]
 
 

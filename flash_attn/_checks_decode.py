@@ -26,7 +26,7 @@ from flash_attn._checks import (
     resolve_integer,
     shape_text,
 )
-from flash_attn._scores import compute_dtype
+from flash_attn.cpu.scores import compute_dtype
 
 # The kernels copy vectors of 8 elements, and never copy a cache to make it fit.
 CACHE_VECTOR = 8

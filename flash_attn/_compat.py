@@ -19,7 +19,7 @@ from torch import Tensor
 from flash_attn import _checks, _ops
 from flash_attn._arguments import Lengths
 from flash_attn._autograd import RANDOM_NUMBERS_PER_HEAD, maybe_contiguous
-from flash_attn._scores import compute_dtype
+from flash_attn.cpu.scores import compute_dtype
 
 USE_TRITON_ROCM = False
 

@@ -1,7 +1,7 @@
 """The operators: schemas, shape functions, and who implements them on which device.
 
-Used by ``_autograd``, ``_decode`` and ``_compat``.  The CPU implementation is ``_reference``,
-``_reference_varlen`` and ``_reference_decode``; the CUDA implementation comes with the compiled
+Used by ``_autograd``, ``_decode`` and ``_compat``.  The CPU implementation is the package
+``cpu``; the CUDA implementation comes with the compiled
 extension ``flash_attn_2_cuda``, which registers itself when it is imported.  Without it everything
 but a call on CUDA tensors works.
 """
@@ -9,11 +9,13 @@ but a call on CUDA tensors works.
 import torch
 from torch import Tensor
 
-from flash_attn import _reference, _reference_decode, _reference_varlen
 from flash_attn._arguments import Cache, Lengths, Options
 from flash_attn._checks import check_lengths
 from flash_attn._checks_decode import check_cache_contents
-from flash_attn._scores import compute_dtype
+from flash_attn.cpu import attention as _reference
+from flash_attn.cpu import decode as _reference_decode
+from flash_attn.cpu import varlen as _reference_varlen
+from flash_attn.cpu.scores import compute_dtype
 
 __all__ = [
     "attn_probs",
@@ -41,7 +43,7 @@ __all__ = [
 # i + shift - window_left <= j <= i + shift + window_right; a negative number is no limit, and causal
 # makes window_right 0.  Scores are s = softmax_scale * q.k; softcap > 0: softcap * tanh(s / softcap);
 # alibi_slopes (heads_q,) or (batch, heads_q), fp32: s - slope * |i + shift - j|.  dropout_p > 0 drops
-# weights (not from softmax_lse) by rng_state, int64 (2,): ``_philox`` says which.
+# weights (not from softmax_lse) by rng_state, int64 (2,): ``cpu.philox`` says which.
 #
 # Keys.  seqused_k: how many of a sequence's rows of k count; leftpad_k: how many of these are skipped;
 # seqlen_k is what remains.

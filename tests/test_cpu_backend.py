@@ -15,8 +15,6 @@ from oracle import attention_oracle, attention_peer
 from test_api import run_python
 
 from flash_attn import (
-    _reference,
-    _scores,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -24,6 +22,7 @@ from flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from flash_attn.cpu import attention, scores
 
 
 def test_cuda_is_tested_here() -> None:
@@ -189,7 +188,7 @@ def test_tiles_and_parts_do_not_change_the_result(
     for blocks in (None, (32, 48, 1)):
         if blocks is not None:
             for name, value in zip(("BLOCK_M", "BLOCK_N", "PART_SCORES"), blocks):
-                monkeypatch.setattr(_reference, name, value)
+                monkeypatch.setattr(attention, name, value)
         torch.manual_seed(5)
         inputs = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
         out, lse, s_dmask = flash_attn_func(*inputs, **options)
@@ -242,23 +241,23 @@ def test_memory_is_linear_in_the_sequence_length(
 def test_work_is_linear_in_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that no query sees are not computed, in either pass."""
     visited = 0
-    tile = _scores.Scores.tile
+    tile = scores.Scores.tile
 
-    def counted(self: _scores.Scores, *arguments: object) -> tuple:
+    def counted(self: scores.Scores, *arguments: object) -> tuple:
         nonlocal visited
         result = tile(self, *arguments)
         visited += result[0].numel()
         return result
 
-    monkeypatch.setattr(_scores.Scores, "tile", counted)
+    monkeypatch.setattr(scores.Scores, "tile", counted)
     seqlen, left, right = 5000, 300, 50
     inputs = [torch.randn(1, seqlen, 1, 4, requires_grad=True) for _ in range(3)]
     out = flash_attn_func(*inputs, window_size=(left, right))
-    keys = left + right + 1 + _scores.BLOCK_M + 16  # of a block of queries
+    keys = left + right + 1 + scores.BLOCK_M + 16  # of a block of queries
     assert seqlen * (left + right) < visited < seqlen * keys
     visited = 0
     torch.autograd.grad(out.sum(), inputs)
-    queries = left + right + 1 + _scores.BLOCK_N + _scores.BLOCK_M + 16  # of a block of keys
+    queries = left + right + 1 + scores.BLOCK_N + scores.BLOCK_M + 16  # of a block of keys
     assert seqlen * (left + right) < visited < seqlen * queries
 
 

@@ -44,7 +44,8 @@ from philox import keep_mask, keeping_values, keeps, philox4x32
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn import _philox, flash_attn_func
+from flash_attn import flash_attn_func
+from flash_attn.cpu import philox as cpu_philox
 
 DIMS = (32, 64, 96, 128, 192, 256)
 HALF = ("fp16", "bf16")
@@ -109,7 +110,7 @@ def test_as_many_values_as_asked_keep_a_weight(kept: int) -> None:
     """By the definition, and by the package's comparison with one number."""
     want = keeping_values(1 - kept / 65536)
     assert want.sum() == kept
-    pattern, inverted = _philox.keep_rule(kept)
+    pattern, inverted = cpu_philox.keep_rule(kept)
     values = np.arange(65536, dtype=np.uint16).view(np.float16)
     assert np.array_equal((values >= values[pattern]) == inverted, want)
 
@@ -117,7 +118,7 @@ def test_as_many_values_as_asked_keep_a_weight(kept: int) -> None:
 def random_bits(state: tuple[int, int], heads: int, rows: int, cols: int) -> Tensor:
     """(heads, rows, cols), 0 to 65535: by the package."""
     heads, rng_state = torch.arange(heads), torch.tensor(state)
-    bits = _philox.random_bits(rng_state, heads, slice(0, rows), slice(0, cols))
+    bits = cpu_philox.random_bits(rng_state, heads, slice(0, rows), slice(0, cols))
     return bits.int() & 0xFFFF
 
 
@@ -126,7 +127,7 @@ def test_the_low_byte_decides_beside_the_thresholds_high_byte() -> None:
     shape, state = (16, 512, 512), (7, 11)
     bits = random_bits(state, *shape).long()
     whole = 2047 + 31744 + 0x6200  # the threshold is a positive number with a low byte of 0
-    assert _philox.keep_rule(whole) == (0x6200, False)
+    assert cpu_philox.keep_rule(whole) == (0x6200, False)
     previous, before = None, whole
     for kept in (whole - 64, whole, whole + 1, whole + 64, whole + 128, whole + 255, whole + 256):
         mask = torch.from_numpy(keeping_values(1 - kept / 65536))[bits]

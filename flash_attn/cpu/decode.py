@@ -1,7 +1,7 @@
 """Attention to a cache of keys and values, and merging of partial results, for the CPU.
 
 Used by ``_ops``, which registers these functions as operators.  A cache that is not paged is treated
-as one page for each sequence; with its queries packed, decoding is ``_reference_varlen`` with pages.
+as one page for each sequence; with its queries packed, decoding is ``varlen`` with pages.
 
 Tensors: as ``_ops`` describes them.
 """
@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from flash_attn import _reference, _reference_varlen
 from flash_attn._arguments import Cache, Lengths, Options
-from flash_attn._scores import compute_dtype
+from flash_attn.cpu import attention, varlen
+from flash_attn.cpu.scores import compute_dtype
 
 Rotary = tuple[Tensor, Tensor, bool]  # cos, sin, interleaved
 
@@ -61,10 +61,10 @@ def _attend(
         *(cu_seqlens_q, torch.zeros_like(cu_seqlens_q), seqlens, cache.cache_leftpad),
         *(_pages(q, cache), cache.max_seqlen_q, k_cache.shape[1]),
     )
-    out, lse = _reference_varlen.varlen_forward(_packed(q), k_cache, v_cache, lengths, options)
+    out, lse = varlen.varlen_forward(_packed(q), k_cache, v_cache, lengths, options)
     if cache.cu_seqlens_q is None:
         out, lse = out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
-    return _reference.own(out), _reference.own(lse)
+    return attention.own(out), attention.own(lse)
 
 
 def _rotated_queries(

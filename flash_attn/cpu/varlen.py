@@ -1,7 +1,7 @@
 """Sequences of different lengths in one tensor, for the CPU: batches of those of equal lengths.
 
 Used by ``_ops``, which registers these functions as operators.  Each batch is gathered by row index,
-which serves paged keys and keys with leading gaps alike, and goes through ``_reference``.
+which serves paged keys and keys with leading gaps alike, and goes through ``attention``.
 
 Tensors: q, out and their gradients (total_q, heads_q, head_dim); k, v and theirs (total_k, heads_k,
 head_dim), or paged k and v (num_blocks, page_size, heads_k, head_dim); lse (heads_q, total_q).  Rows
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flash_attn import _reference
 from flash_attn._arguments import Lengths, Options
-from flash_attn._scores import compute_dtype
+from flash_attn.cpu import attention
+from flash_attn.cpu.scores import compute_dtype
 
 
 def varlen_forward(
@@ -27,7 +27,7 @@ def varlen_forward(
     lse = q.new_full((q.shape[1], q.shape[0]), math.inf, dtype=compute_dtype(q))
     for sequences, rows, rows_k in _equal_lengths(lengths):
         ks, vs = (_gather_keys(x, rows_k, sequences, lengths) for x in (k, v))
-        outs, lses = _reference.attention_forward(q[rows], ks, vs, options, sequences)
+        outs, lses = attention.attention_forward(q[rows], ks, vs, options, sequences)
         out[rows] = outs
         lse[:, rows] = lses.transpose(0, 1)
     return out, lse
@@ -49,7 +49,7 @@ def varlen_backward(
     for sequences, rows, rows_k in _equal_lengths(lengths):
         lses = lse[:, rows].transpose(0, 1)
         dlses = None if dlse is None else dlse[:, rows].transpose(0, 1)
-        dq[rows], dk[rows_k], dv[rows_k] = _reference.attention_backward(
+        dq[rows], dk[rows_k], dv[rows_k] = attention.attention_backward(
             dout[rows], q[rows], k[rows_k], v[rows_k], out[rows], lses, dlses, options, sequences
         )
     return dq, dk, dv
@@ -58,10 +58,10 @@ def varlen_backward(
 def varlen_probabilities(
     q: Tensor, k: Tensor, lengths: Lengths, options: Options, probs: Tensor
 ) -> None:
-    """``_reference.write_probabilities`` for each sequence; probs (batch, heads_q, ..., ...)."""
+    """``attention.write_probabilities`` for each sequence; probs (batch, heads_q, ..., ...)."""
     for sequences, rows, rows_k in _equal_lengths(lengths):
         part = probs.new_zeros(len(sequences), q.shape[1], rows.shape[1], rows_k.shape[1])
-        _reference.write_probabilities(q[rows], k[rows_k], options, part, sequences)
+        attention.write_probabilities(q[rows], k[rows_k], options, part, sequences)
         probs[sequences, :, : rows.shape[1], : rows_k.shape[1]] = part
 
 

@@ -1,6 +1,6 @@
 """The dropout mask as a function of (seed, offset, head, query, key): Philox4x32-7 in torch.
 
-Used by ``_scores`` for the CPU, and by tests to replay what the CUDA kernels drop: both give the
+Used by ``scores`` for the CPU, and by tests to replay what the CUDA kernels drop: both give the
 same mask.  It depends on no tile size, so forward and backward may walk over different tiles.
 
 A call of Philox gives four 32-bit words and the tie word, which is word 2 after five rounds: it

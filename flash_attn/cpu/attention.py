@@ -1,9 +1,9 @@
 """Exact attention in torch operations, with memory linear in the sequence length, for the CPU.
 
-Used by ``_ops``, which registers these functions as operators, and by ``_reference_varlen``; it
+Used by ``_ops``, which registers these functions as operators, and by ``varlen``; it
 knows nothing of autograd or of the public arguments.
 
-For every query i, with scores S = softmax_scale * Q K^T (capped, biased: ``_scores``), P = softmax(S)
+For every query i, with scores S = softmax_scale * Q K^T (capped, biased: ``scores``), P = softmax(S)
 along the keys that i sees, and dropout weights D_ij = 1 / (1 - p) where kept, else 0,
 
     out_i = sum_j D_ij P_ij v_j          lse_i = log sum_j exp(S_ij)
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flash_attn._arguments import Options
-from flash_attn._scores import BLOCK_M, BLOCK_N, Scores, blocks, compute_dtype
+from flash_attn.cpu.scores import BLOCK_M, BLOCK_N, Scores, blocks, compute_dtype
 
 # Tiles of several heads are worked on together, up to so many scores.
 PART_SCORES = 4 * BLOCK_M * BLOCK_N

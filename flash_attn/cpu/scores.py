@@ -1,6 +1,6 @@
-"""What the CPU reference knows of masks, softcap, ALiBi and dropout: the scores of one tile.
+"""What the CPU backend knows of masks, softcap, ALiBi and dropout: the scores of one tile.
 
-Used by ``_reference``, which walks over the tiles.  Query i of a sequence stands at the key position
+Used by ``attention``, which walks over the tiles.  Query i of a sequence stands at the key position
 i + shift, shift = seqlen_k - seqlen_q: the last query at the last key.
 """
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flash_attn import _philox
 from flash_attn._arguments import Options
+from flash_attn.cpu import philox
 
 # Large enough that a tile's matrix products outweigh the cost of calling torch, small enough that a
 # tile of a few heads stays in the cache.
@@ -56,7 +56,7 @@ class Visibility:
             begin = max(begin, rows.start + self.shift - self.left)
         if self.right is not None:
             end = min(end, rows.stop + self.shift + self.right)
-        return _aligned(begin, end, _philox.COLS)
+        return _aligned(begin, end, philox.COLS)
 
     def queries(self, cols: slice) -> slice:
         """The queries that see any of the cols, from a multiple of the dropout block on."""
@@ -65,7 +65,7 @@ class Visibility:
             begin = max(begin, cols.start - self.shift - self.right)
         if self.left is not None:
             end = min(end, cols.stop - self.shift + self.left)
-        return _aligned(begin, end, _philox.ROWS)
+        return _aligned(begin, end, philox.ROWS)
 
     def hidden(self, rows: slice, cols: slice) -> Tensor | None:
         """Which of the cols each of the rows does not see, bool; None if it sees all of them."""
@@ -126,7 +126,7 @@ class Scores:
                 f"rng_state: dropout_p = {options.dropout_p} needs the (seed, offset) that the"
                 " forward pass used; got None"
             )
-        keeps_all = _philox.kept_values(options.dropout_p) == _philox.ALL_KEPT
+        keeps_all = philox.kept_values(options.dropout_p) == philox.ALL_KEPT
         return cls(
             Visibility.of(q.shape[1], k.shape[1], options),
             options.softmax_scale,
@@ -178,7 +178,7 @@ class Scores:
         """Which weights of a tile dropout keeps, bool (n, group * rows, cols); None: all."""
         if self.dropout_p == 0:
             return None
-        keep = _philox.keep_mask(self.rng_state, self.dropout_p, self.heads.flatten(), rows, cols)
+        keep = philox.keep_mask(self.rng_state, self.dropout_p, self.heads.flatten(), rows, cols)
         return keep.unflatten(0, self.heads.shape).flatten(1, 2)
 
 
