@@ -12,7 +12,7 @@ VENV   ?= .venv
 TORCH  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.9' || echo 'torch==2.13.0')
 ARGS   ?=
 
-SOURCES := setup.py pyproject.toml $(wildcard third_party/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+SOURCES := setup.py pyproject.toml $(wildcard third_party/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.* csrc/*/*/*/*.*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 ifdef SYSTEM

@@ -348,7 +348,7 @@ def plan_from_environment() -> Plan:
 
 def handwritten_sources() -> list[Path]:
     """Sources beside the generated units, relative to the repository, the slow ones first."""
-    patterns = ("csrc/torch/*.cpp", "csrc/kernels/common/*.cu", "csrc/host/*.cpp")
+    patterns = ("csrc/torch/**/*.cpp", "csrc/kernels/common/*.cu", "csrc/host/*.cpp")
     return [p.relative_to(ROOT) for pattern in patterns for p in sorted(ROOT.glob(pattern))]
 
 

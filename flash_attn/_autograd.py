@@ -6,240 +6,318 @@ business; everything the operators ask of a layout is arranged here.
 Throughout, ``x, y, z`` are q, k, v; or q, kv, None; or qkv, None, None, with kv (..., 2, heads_k,
 head_dim) and qkv (..., 3, heads, head_dim).  The gradient of a packed tensor is one tensor too: the
 operators write into its parts.  ``score`` is (softmax_scale, causal, window_left, window_right,
-softcap), as the operators take it; ``scalars`` (score, dropout_p, deterministic).
+softcap), as the operators take it.
+
+``FlashAttention`` serves plain autograd, torch.compile and the transforms of torch.func.  For the usual
+calls on CUDA the compiled extension records the same in less time (csrc/torch/fast_path); it knows of
+``gradients``, and this module does not know of it.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch
 
-from flash_attn import _ops
+from flash_attn import _checks, _ops, _transforms, _vmap
 from flash_attn._arguments import Lengths
+from flash_attn._vmap import Statics, maybe_contiguous
 
 # The CUDA kernels copy whole 16-byte vectors: 8 elements of a 2-byte type.
 CUDA_HEAD_DIM_MULTIPLE = 8
 
-# How far torch's generator advances for each query head of each sequence.
-RANDOM_NUMBERS_PER_HEAD = 32
+_ONCE = (
+    "flash_attn can be differentiated once, not twice: its gradients have no gradients of their own,"
+    " as create_graph=True demands"
+)
 
 
-class FlashAttn(torch.autograd.Function):
-    """Calls ``flash_attn::fwd`` and, for the gradients, ``bwd`` or ``bwd_into``."""
+class FlashAttention(torch.autograd.Function):
+    """(out, softmax_lse, S_dmask, rng_state), with gradients of the first two.
 
-    @staticmethod
-    def forward(ctx, x, y, z, alibi_slopes, rng_state, scalars, return_lse):
-        q, k, v = _unpack(x, y, z)
-        score, dropout_p, _ = scalars
-        out, softmax_lse = _ops.fwd(q, k, v, *score, alibi_slopes, dropout_p, rng_state)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, y, z, out, softmax_lse, alibi_slopes, rng_state)
-        ctx.scalars = scalars
-        return (out, softmax_lse) if return_lse else out
-
-    @staticmethod
-    def backward(ctx, dout, dlse=None):
-        x, y, z, out, softmax_lse, alibi_slopes, rng_state = ctx.saved_tensors
-        score, dropout_p, deterministic = ctx.scalars
-        dout, dlse = _gradients_of_results(dout, dlse, out)
-        inputs = (dout, *_unpack(x, y, z), out, softmax_lse, dlse)
-        options = (*score, alibi_slopes, dropout_p, rng_state, deterministic)
-        if z is not None:
-            grads = _ops.bwd(*inputs, *options)
-        else:
-            grads = _new_gradients(x, y)
-            _ops.bwd_into(*inputs, *options, *_unpack(*grads))
-        return *grads, None, None, None, None
-
-
-class FlashAttnVarlen(torch.autograd.Function):
-    """Calls ``flash_attn::varlen_fwd`` and, for the gradients, ``varlen_bwd`` or its ``_into``."""
+    scale, softcap: tensors of one element that take the place of score's numbers, or None.  Only
+    scale gets a gradient.  The lengths are None for tensors with a batch dimension.  rng_state: None
+    to draw a new one.  statics: a tuple, ``Statics``, since torch.compile takes no other here.
+    """
 
     @staticmethod
     def forward(
-        ctx,
-        x,
-        y,
-        z,
-        alibi_slopes,
-        rng_state,
-        scalars,
-        return_lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        block_table,
-        max_seqlen_q,
-        max_seqlen_k,
-    ):
-        q, k, v = _unpack(x, y, z)
-        score, dropout_p, _ = scalars
-        lengths = (
-            *(cu_seqlens_q, cu_seqlens_k, None, None, block_table),
-            *(max_seqlen_q, max_seqlen_k),
+        x, y, z, scale, softcap, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, block_table,
+        statics,
+    ):  # fmt: skip
+        return call_forward(
+            *(x, y, z, scale, softcap, alibi_slopes, rng_state),
+            *(cu_seqlens_q, cu_seqlens_k, block_table, statics),
         )
-        options = (*score, alibi_slopes, dropout_p, rng_state)
-        out, softmax_lse = _ops.varlen_fwd(q, k, v, *lengths, *options)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x, y, z, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state
-        )
-        ctx.scalars = scalars
-        ctx.max_seqlens = max_seqlen_q, max_seqlen_k
-        ctx.is_paged = block_table is not None
-        return (out, softmax_lse) if return_lse else out
 
     @staticmethod
-    def backward(ctx, dout, dlse=None):
+    def setup_context(ctx, inputs, output):
+        x, y, z, scale, softcap, alibi_slopes, _, cu_seqlens_q, cu_seqlens_k, table, statics = (
+            inputs
+        )
+        out, softmax_lse, probabilities, rng_state = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(probabilities, rng_state)
+        state = rng_state if Statics(*statics).dropout_p > 0 else None
+        ctx.save_for_backward(
+            *(x, y, z, out, softmax_lse, scale, softcap, alibi_slopes),
+            *(state, cu_seqlens_q, cu_seqlens_k),
+        )
+        ctx.is_paged = table is not None
+        ctx.statics = statics
+
+    @staticmethod
+    def backward(ctx, dout, dlse, _dprobabilities, _drng_state):
         if ctx.is_paged:
             raise RuntimeError(
                 "block_table: attention to paged k and v has no gradients; call it under"
                 " torch.no_grad(), or with k and v that are not paged"
             )
-        x, y, z, out, softmax_lse, *cu_seqlens, alibi_slopes, rng_state = ctx.saved_tensors
-        score, dropout_p, deterministic = ctx.scalars
-        dout, dlse = _gradients_of_results(dout, dlse, out)
-        inputs = (dout, *_unpack(x, y, z), out, softmax_lse, dlse, *cu_seqlens, *ctx.max_seqlens)
-        options = (*score, alibi_slopes, dropout_p, rng_state, deterministic)
-        if z is not None:
-            grads = _ops.varlen_bwd(*inputs, *options)
-        else:
-            grads = _new_gradients(x, y)
-            _ops.varlen_bwd_into(*inputs, *options, *_unpack(*grads))
-        return *grads, *(None,) * 9
+        x, y, z, out, *others = ctx.saved_tensors
+        # Its row has rounded zeros where only softmax_lse was used.
+        dout = torch.zeros_like(out) if dout is None else maybe_contiguous(dout)
+        dlse = None if dlse is None else dlse.contiguous()
+        grads = gradients(dout, dlse, x, y, z, out, *others, ctx.statics)
+        scale, dscale = others[1], None
+        if scale is not None and ctx.needs_input_grad[3]:
+            dscale = _gradient_of_scale(x, y, z, grads, scale)
+        return *grads, *(None,) * (3 - len(grads)), dscale, *(None,) * 7
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _vmap.forward_rule(TransformedFlashAttention.apply, info, in_dims, arguments)
+
+
+class TransformedFlashAttention(FlashAttention):
+    """The same for torch.func, which asks it for a tangent; torch.compile refuses such a function."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        _transforms.raise_no_forward_mode("flash_attn")
+
+
+class FlashAttentionGradients(torch.autograd.Function):
+    """The gradients of x, y and z, those of None left out: a function that vmap can follow.
+
+    It has no gradient: whoever asks for one is told so.
+    """
+
+    @staticmethod
+    def forward(
+        dout, dlse, x, y, z, out, softmax_lse, scale, softcap, alibi_slopes, rng_state,
+        cu_seqlens_q, cu_seqlens_k, statics,
+    ):  # fmt: skip
+        return call_backward(
+            *(dout, dlse, x, y, z, out, softmax_lse, scale, softcap, alibi_slopes, rng_state),
+            *(cu_seqlens_q, cu_seqlens_k, statics),
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(_ONCE)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        _transforms.raise_no_forward_mode("flash_attn's gradient")
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _vmap.backward_rule(FlashAttentionGradients.apply, info, in_dims, arguments)
+
+
+def gradients(dout: Tensor, dlse: Tensor | None, *saved: Any) -> tuple[Tensor, ...]:
+    """The gradients of x, y and z, those of None left out.
+
+    dout, dlse: the gradients of out and softmax_lse, in layouts that the operators take.  saved: the
+    arguments of ``FlashAttentionGradients`` after them.
+
+    Raises:
+        RuntimeError: create_graph=True, as the gradients have none; under torch.func's transforms,
+            which always ask for a graph, only where it is used.
+    """
+    if not torch.compiler.is_compiling() and _transforms.are_active():
+        return FlashAttentionGradients.apply(dout, dlse, *saved)
+    if torch.is_grad_enabled():
+        raise RuntimeError(_ONCE)
+    return call_backward(dout, dlse, *saved)
+
+
+def call_forward(
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    scale: Tensor | None,
+    softcap: Tensor | None,
+    alibi_slopes: Tensor | None,
+    rng_state: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    statics: tuple,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator of a call: (out, softmax_lse, S_dmask, rng_state), without gradients."""
+    score, dropout_p, _, return_softmax, max_seqlen_q, max_seqlen_k = statics
+    q, k, v = _unpack(x, y, z)
+    options = dropout_p, *score, alibi_slopes, return_softmax
+    ours = dict(rng_state=rng_state, softmax_scale_tensor=scale, softcap_tensor=softcap)
+    if cu_seqlens_q is None:
+        return _ops.forward(q, k, v, *options, **ours)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return _ops.varlen_forward(q, k, v, *lengths, *options, block_table, **ours)
+
+
+def call_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    out: Tensor,
+    softmax_lse: Tensor,
+    scale: Tensor | None,
+    softcap: Tensor | None,
+    alibi_slopes: Tensor | None,
+    rng_state: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    statics: tuple,
+) -> tuple[Tensor, ...]:
+    """The operator of a backward pass: the gradients of x, y and z, those of None left out."""
+    score, dropout_p, deterministic, _, max_seqlen_q, max_seqlen_k = statics
+    inputs = (dout, *_unpack(x, y, z), out, softmax_lse)
+    lengths: tuple = ()
+    if cu_seqlens_q is not None:
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    options = *lengths, dropout_p, *score, alibi_slopes, deterministic, rng_state
+    ours = dict(dlse=dlse, softmax_scale_tensor=scale, softcap_tensor=softcap)
+    if _is_batched_by_autograd(dout) or _is_batched_by_autograd(dlse):
+        functional = _ops.varlen_backward_functional if lengths else _ops.backward_functional
+        return _pack(x, y, z, functional(*inputs, *options, **ours))
+    grads = tuple(t.new_empty(t.shape) for t in (x, y, z) if t is not None)
+    backward = _ops.varlen_backward if lengths else _ops.backward
+    backward(*inputs, *_unpack(*grads), *options, return_softmax_d=False, **ours)
+    return grads
+
+
+def _is_batched_by_autograd(x: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(..., is_grads_batched=True) made x; torch.func's vmap did not."""
+    if x is None or torch.compiler.is_compiling():
+        return False
+    return _functorch.is_legacy_batchedtensor(x)
 
 
 def attention(
+    function: str,
     x: Tensor,
     y: Tensor | None,
     z: Tensor | None,
     lengths: Lengths | None,
-    score: tuple[float, bool, int, int, float],
+    score: tuple[float | Tensor, bool, int, int, float | Tensor],
     alibi_slopes: Tensor | None,
     dropout_p: float,
     deterministic: bool,
     return_attn_probs: bool,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """out, or (out, softmax_lse, S_dmask); lengths: None for tensors with a batch dimension."""
-    padding = 0
-    if x.is_cuda:
-        # Zeros in the padding change neither q k^T nor the gradients of the real columns.
-        head_dim = x.shape[-1]
-        padding = -head_dim % CUDA_HEAD_DIM_MULTIPLE
-        if padding:
-            x, y, z = (None if t is None else F.pad(t, (0, padding)) for t in (x, y, z))
-    x, y, z = maybe_contiguous(x), maybe_contiguous(y), maybe_contiguous(z)
+    """out, or (out, softmax_lse, S_dmask); lengths: None for tensors with a batch dimension.
 
+    function: the public function's name, for messages.
+    """
+    numbers, scale, softcap = _split_score(function, score)
+    _transforms.refuse_tangents(function, x, y, z, scale, softcap, alibi_slopes)
+    head_dim = x.shape[-1]
+    # Zeros in the padding change neither q k^T nor the gradients of the real columns.
+    padding = -head_dim % CUDA_HEAD_DIM_MULTIPLE if x.is_cuda else 0
+    if padding:
+        x, y, z = (None if t is None else F.pad(t, (0, padding)) for t in (x, y, z))
+    x, y, z = maybe_contiguous(x), maybe_contiguous(y), maybe_contiguous(z)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach()  # no gradient, not even a missing one
-    rng_state = None
-    if dropout_p > 0:
-        batch = x.shape[0] if lengths is None else lengths.cu_seqlens_q.shape[0] - 1
-        rng_state = _ops.draw_rng_state(x, batch * x.shape[-2] * RANDOM_NUMBERS_PER_HEAD)
-    options = (*score, alibi_slopes, dropout_p, rng_state)
 
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (y is not None and y.requires_grad)
-        or (z is not None and z.requires_grad)
-    ):
-        if _has_native_gradients(x, z, lengths):
-            result = _attend_natively(x, y, z, lengths, options, deterministic)
-            if not return_attn_probs:
-                result = result[0]
-        else:
-            scalars = score, dropout_p, deterministic
-            result = _apply(x, y, z, lengths, alibi_slopes, rng_state, scalars, return_attn_probs)
-    else:
-        q, k, v = _unpack(x, y, z)
-        if lengths is None:
-            result = _ops.fwd(q, k, v, *options)
-        else:
-            result = _ops.varlen_fwd(q, k, v, *lengths, *options)
-        if not return_attn_probs:
-            result = result[0]
-
-    if not return_attn_probs:
-        return result[..., :head_dim].contiguous() if padding else result
-    out, softmax_lse = result
+    statics = Statics(numbers, dropout_p, deterministic, return_attn_probs, None, None)
+    cu_seqlens_q = cu_seqlens_k = block_table = None
+    if lengths is not None:
+        cu_seqlens_q, cu_seqlens_k, _, _, block_table, max_seqlen_q, max_seqlen_k = lengths
+        statics = statics._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    results = _record(
+        function,
+        *(x, y, z, scale, softcap, alibi_slopes, None),
+        *(cu_seqlens_q, cu_seqlens_k, block_table, tuple(statics)),
+    )
+    out, softmax_lse, probabilities, _ = results
     if padding:
         out = out[..., :head_dim].contiguous()
-    if dropout_p == 0:
-        return out, softmax_lse, out.new_empty(0)
-    return out, softmax_lse, _attention_probabilities(x, y, z, lengths, options)
+    return (out, softmax_lse, probabilities) if return_attn_probs else out
 
 
-def _has_native_gradients(x: Tensor, z: Tensor | None, lengths: Lengths | None) -> bool:
-    """Whether the compiled extension's autograd function serves: it does what FlashAttn and
-    FlashAttnVarlen do for q, k, v in less time on the host; torch.compile cannot trace it."""
-    return (
-        x.is_cuda
-        and z is not None
-        and _ops.extension is not None
-        and (lengths is None or lengths.block_table is None)
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _attend_natively(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Lengths | None,
-    options: tuple,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """out and softmax_lse with gradients; options as the operators take them."""
-    if lengths is None:
-        return _ops.extension.attend(q, k, v, *options, deterministic)
-    cu_seqlens_q, cu_seqlens_k, _, _, _, *max_seqlens = lengths
-    return _ops.extension.varlen_attend(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *max_seqlens, *options, deterministic
-    )
-
-
-def _apply(
-    x: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    lengths: Lengths | None,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
-    scalars: tuple,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """out, or with return_lse (out, softmax_lse), with gradients."""
+def _record(function: str, x: Tensor, y: Tensor | None, z: Tensor | None, *others: Any) -> tuple:
+    """``call_forward``, with gradients where somebody wants them."""
+    if not torch.compiler.is_compiling() and _transforms.are_active():
+        if Statics(*others[-1]).dropout_p > 0:
+            x = _transforms.with_randomness(function, x)
+        return TransformedFlashAttention.apply(x, y, z, *others)
+    tensors = x, y, z, others[0]
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return call_forward(x, y, z, *others)
     # torch.compile refuses a Function that gets one tensor twice.
     if z is not None and (y is x or z is y or z is x):
         y, z = y.view_as(y), z.view_as(z)
-    inputs = x, y, z, alibi_slopes, rng_state, scalars, return_lse
-    if lengths is None:
-        return FlashAttn.apply(*inputs)
-    cu_seqlens_q, cu_seqlens_k, _, _, block_table, max_seqlen_q, max_seqlen_k = lengths
-    if cu_seqlens_k is cu_seqlens_q:
-        cu_seqlens_k = cu_seqlens_k.view(-1)
-    return FlashAttnVarlen.apply(
-        *inputs, cu_seqlens_q, cu_seqlens_k, block_table, max_seqlen_q, max_seqlen_k
+    cu_seqlens_q, cu_seqlens_k = others[4:6]
+    if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
+        others = (*others[:5], cu_seqlens_k.view(-1), *others[6:])
+    return FlashAttention.apply(x, y, z, *others)
+
+
+def _split_score(
+    function: str, score: tuple
+) -> tuple[tuple[float, bool, int, int, float], Tensor | None, Tensor | None]:
+    """score in numbers, and the tensors that are to be read by the operators.
+
+    A tensor is read here, where it is a constant: the operators would do nothing else.
+    """
+    softmax_scale, causal, left, right, softcap = score
+    tensors: list[Tensor | None] = []
+    for x in (softmax_scale, softcap):
+        is_read_later = isinstance(x, Tensor) and (
+            torch.compiler.is_compiling()
+            or _transforms.are_active()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or _transforms.asks_for_gradient(x)
+        )
+        tensors.append(x if is_read_later else None)
+    if tensors[1] is not None and _transforms.asks_for_gradient(softcap):
+        raise RuntimeError(
+            f"{function}: softcap has no gradient; got a tensor that requires one. Give"
+            " softcap.detach(), or a number"
+        )
+    scale, cap = tensors
+    numbers = (
+        0.0 if scale is not None else _checks.read_number(softmax_scale),
+        causal,
+        left,
+        right,
+        0.0 if cap is not None else _checks.check_softcap(_checks.read_number(softcap)),
     )
+    return numbers, scale, cap
 
 
-def maybe_contiguous(x: Tensor | None) -> Tensor | None:
-    """x with a contiguous last dimension: x itself where it has one, else a copy."""
-    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
-
-
-def _attention_probabilities(
-    x: Tensor, y: Tensor | None, z: Tensor | None, lengths: Lengths | None, options: tuple
+def _gradient_of_scale(
+    x: Tensor, y: Tensor | None, z: Tensor | None, grads: tuple[Tensor, ...], scale: Tensor
 ) -> Tensor:
-    """S_dmask; options as the operators take them."""
-    q, k, _ = _unpack(x.detach(), None if y is None else y.detach(), z)
-    if lengths is None:
-        return _ops.attn_probs(q, k, None, None, q.shape[1], k.shape[1], *options)
-    return _ops.attn_probs(
-        *(q, k, lengths.cu_seqlens_q, lengths.cu_seqlens_k),
-        *(lengths.max_seqlen_q, lengths.max_seqlen_k, *options),
-    )
+    """sum(q * dq) / scale: scores are scale * q.k, so that q * dscore/dq = scale * dscore/dscale."""
+    q, dq = _unpack(x, y, z)[0], _unpack(*grads)[0]
+    dtype = _ops.compute_dtype(q)
+    total = (q.detach().to(dtype) * dq.to(dtype)).sum()
+    return (total.to(scale.device) / scale.detach()).to(scale.dtype).reshape(scale.shape)
 
 
-def _unpack(x: Tensor, y: Tensor | None, z: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _unpack(
+    x: Tensor, y: Tensor | None = None, z: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v: views."""
     if z is not None:
         return x, y, z
@@ -248,19 +326,12 @@ def _unpack(x: Tensor, y: Tensor | None, z: Tensor | None = None) -> tuple[Tenso
     return x.unbind(-3)
 
 
-def _new_gradients(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None, None]:
-    """Contiguous tensors for the gradients of packed inputs."""
-    return x.new_empty(x.shape), None if y is None else y.new_empty(y.shape), None
-
-
-def _gradients_of_results(
-    dout: Tensor | None, dlse: Tensor | None, out: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """dout and dlse in layouts that the operators take; None: the result was not used."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "flash_attn can be differentiated once, not twice: its gradients have no gradients"
-            " of their own, as create_graph=True demands"
-        )
-    dout = torch.zeros_like(out) if dout is None else maybe_contiguous(dout)
-    return dout, None if dlse is None else dlse.contiguous()
+def _pack(
+    x: Tensor, y: Tensor | None, z: Tensor | None, grads: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v as those of x, y and z."""
+    if z is not None:
+        return grads
+    if y is not None:
+        return grads[0], torch.stack(grads[1:], -3)
+    return (torch.stack(grads, -3),)

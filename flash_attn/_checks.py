@@ -296,20 +296,26 @@ def check_options(
     q: Tensor,
     batch: int,
     dropout_p: float,
-    softmax_scale: float | None,
+    softmax_scale: float | Tensor | None,
     causal: bool,
     window_size: tuple[int, int],
-    softcap: float,
+    softcap: float | Tensor,
     alibi_slopes: Tensor | None,
-) -> tuple[float, bool, int, int, float]:
+) -> tuple[float | Tensor, bool, int, int, float | Tensor]:
     """(softmax_scale, causal, window_left, window_right, softcap) as the operators take them.
+
+    softmax_scale and softcap that are tensors stay tensors.
 
     q: any tensor (..., heads_q, head_dim).
     """
     if not 0.0 <= dropout_p < 1.0:
         raise RuntimeError(f"dropout_p must be in [0, 1): Expected p_dropout < 1; got {dropout_p}")
-    if not 0.0 <= softcap < math.inf:
-        raise RuntimeError(f"softcap must be 0 (off) or positive and finite; got {softcap}")
+    if isinstance(softcap, Tensor):
+        check_number("softcap", softcap)
+    else:
+        check_softcap(softcap)
+    if isinstance(softmax_scale, Tensor):
+        check_number("softmax_scale", softmax_scale)
     if alibi_slopes is not None:
         check_alibi_slopes(alibi_slopes, q, batch)
     if len(window_size) != 2:
@@ -320,6 +326,26 @@ def check_options(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     return softmax_scale, bool(causal), left, right, softcap
+
+
+def check_number(name: str, x: Tensor) -> None:
+    """A tensor that stands for a number."""
+    if x.numel() != 1 or x.is_complex() or x.dtype == torch.bool:
+        raise RuntimeError(
+            f"{name} must be a number, or a tensor of one; got a {x.dtype} {shape_text(x.shape)} tensor"
+        )
+
+
+def check_softcap(softcap: float) -> float:
+    """softcap, in range."""
+    if not 0.0 <= softcap < math.inf:
+        raise RuntimeError(f"softcap must be 0 (off) or positive and finite; got {softcap}")
+    return softcap
+
+
+def read_number(x: float | Tensor) -> float:
+    """x, which may be a tensor of one element (on CUDA this waits for the device)."""
+    return x.item() if isinstance(x, Tensor) else x
 
 
 def check_alibi_slopes(alibi_slopes: Tensor, q: Tensor, batch: int) -> None:

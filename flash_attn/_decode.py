@@ -1,18 +1,17 @@
-"""Decoding: attention to a cache of keys and values, and merging of partial results.
+"""Decoding: attention to a cache of keys and values.
 
-The public functions of ``flash_attn_interface`` that are for inference, with their documentation.
+The public function of ``flash_attn_interface`` that is for inference, with its documentation.
 """
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_attn import _checks, _checks_decode, _ops
+from flash_attn import _checks, _checks_decode, _ops, _transforms
 from flash_attn._arguments import Cache, Options
-from flash_attn._autograd import CUDA_HEAD_DIM_MULTIPLE, maybe_contiguous
+from flash_attn._autograd import maybe_contiguous
 
 
 def flash_attn_with_kvcache(
@@ -155,9 +154,9 @@ def flash_attn_with_kvcache(
     if is_new:
         rotary = rotary_cos, rotary_sin, rotary_interleaved
         new = maybe_contiguous(k), maybe_contiguous(v)
-        out, softmax_lse = _call(_ops.decode_append, q, k_cache, v_cache, *new, *rotary, *options)
+        out, softmax_lse = _call(_ops.kvcache_append, q, k_cache, v_cache, *new, *rotary, *options)
     else:
-        out, softmax_lse = _call(_ops.decode, q, k_cache, v_cache, *options)
+        out, softmax_lse = _call(_ops.kvcache, q, k_cache, v_cache, *options)
     if padding:
         out = out[..., :head_dim].contiguous()
     return (out, softmax_lse) if return_softmax_lse else out
@@ -165,101 +164,12 @@ def flash_attn_with_kvcache(
 
 def _call(op: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     """An operator without a gradient."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    _transforms.refuse_gradient("flash_attn_with_kvcache", *tensors)
+    _transforms.refuse_tangents("flash_attn_with_kvcache", *tensors)
     if torch.is_grad_enabled():
         for x in arguments:
             if isinstance(x, Tensor) and x.requires_grad:
                 with torch.no_grad():
                     return op(*arguments)
     return op(*arguments)
-
-
-def merge_states(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Attention to the keys of two parts together, from the results of each part alone.
-
-    With w_a = exp(lse_a - lse) and w_b = exp(lse_b - lse), which add up to 1::
-
-        lse = log(exp(lse_a) + exp(lse_b))
-        out = w_a * out_a + w_b * out_b
-
-    More parts are merged one after another, in any order.  The parts may come from any function
-    that returns softmax_lse, and must be of the same queries, scale, softcap and positions.  A part
-    whose lse is +inf or -inf saw no key: it has weight 0, whatever its out holds.  Where neither
-    part saw one, out is 0 and lse +inf.
-
-    All four arguments get gradients, from those of out and lse::
-
-        dout_a = w_a * dout         dlse_a = w_a * (dlse + dout . (out_a - out))
-
-    and the same with b; a part that saw no key gets 0.
-
-    Args:
-        out_a: (batch, seqlen, heads, head_dim), or of varlen sequences (total, heads, head_dim); fp16
-            or bf16, on the CPU fp32 and fp64 besides.
-        lse_a: (batch, heads, seqlen), or (heads, total); fp32 (fp64 for fp64 out_a).
-        out_b: the shape, dtype and device of out_a.
-        lse_b: the shape, dtype and device of lse_a.
-
-    Returns:
-        (out, lse): contiguous, in the shapes and dtypes of out_a and lse_a; computed in fp32 (fp64).
-
-    Raises:
-        RuntimeError: an argument has a wrong shape, dtype or device, or the CUDA extension is not
-            built.
-    """
-    _checks_decode.check_states(out_a, lse_a, out_b, lse_b)
-    head_dim = out_a.shape[-1]
-    padding = -head_dim % CUDA_HEAD_DIM_MULTIPLE if out_a.is_cuda else 0
-    if padding:
-        out_a, out_b = F.pad(out_a, (0, padding)), F.pad(out_b, (0, padding))
-    states = (
-        *(maybe_contiguous(out_a), lse_a.contiguous()),
-        *(maybe_contiguous(out_b), lse_b.contiguous()),
-    )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
-        out, lse = MergeStates.apply(*states)
-    else:
-        out, lse = _ops.merge_states(*states)
-    return (out[..., :head_dim].contiguous() if padding else out), lse
-
-
-class MergeStates(torch.autograd.Function):
-    """Calls ``flash_attn::merge_states``; the backward pass is plain torch operations."""
-
-    @staticmethod
-    def forward(ctx, out_a, lse_a, out_b, lse_b):
-        out, lse = _ops.merge_states(out_a, lse_a, out_b, lse_b)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out_a, lse_a, out_b, lse_b, out, lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        out_a, lse_a, out_b, lse_b, out, lse = ctx.saved_tensors
-        if dout is None and dlse is None:
-            return None, None, None, None
-        grads_a = _gradients_of_part(out_a, lse_a, out, lse, dout, dlse)
-        return *grads_a, *_gradients_of_part(out_b, lse_b, out, lse, dout, dlse)
-
-
-def _gradients_of_part(
-    out_part: Tensor,
-    lse_part: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-) -> tuple[Tensor | None, Tensor]:
-    """The gradients of one part's out and lse, given those of the merged ones."""
-    is_empty = lse_part.isinf()
-    weight = (lse_part.masked_fill(is_empty, -math.inf) - lse.masked_fill(is_empty, 0)).exp()
-    if dout is None:
-        return None, (weight * dlse).masked_fill(is_empty, 0)
-    by_row = weight.transpose(-1, -2).unsqueeze(-1)  # (..., seqlen, heads, 1)
-    dout = dout.to(weight.dtype)
-    dlse_part = (dout * (out_part.to(weight.dtype) - out)).sum(-1).transpose(-1, -2)
-    if dlse is not None:
-        dlse_part = dlse_part + dlse
-    dlse_part = (weight * dlse_part).masked_fill(is_empty, 0)
-    return (by_row * dout).to(out_part.dtype), dlse_part

@@ -1,36 +1,30 @@
 """The operators: schemas, shape functions, and who implements them on which device.
 
-Used by ``_autograd``, ``_decode`` and ``_compat``.  The CPU implementation is the package
-``cpu``; the CUDA implementation comes with the compiled
-extension ``flash_attn_2_cuda``, which registers itself when it is imported.  Without it everything
-but a call on CUDA tensors works.
+Four operators have the names and the arguments of flash-attn 2.8, the package whose API this one has
+("upstream"): code that is written for these names finds them in a profile, in a compiled graph and
+in a checkpoint policy.  Ours follow upstream's arguments, with defaults.
+
+The CPU implementation is ``cpu.register``.  The CUDA implementation comes with the compiled extension
+``flash_attn_2_cuda``, which registers itself when it is imported.  Without it everything but a call
+on CUDA tensors works.
 """
 
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import Cache, Lengths, Options
-from flash_attn._checks import check_lengths
-from flash_attn._checks_decode import check_cache_contents
-from flash_attn.cpu import attention as _reference
-from flash_attn.cpu import decode as _reference_decode
-from flash_attn.cpu import varlen as _reference_varlen
 from flash_attn.cpu.scores import compute_dtype
 
 __all__ = [
-    "attn_probs",
-    "bwd",
-    "bwd_into",
-    "decode",
-    "decode_append",
-    "draw_rng_state",
+    "backward",
     "extension",
-    "fwd",
+    "forward",
+    "kvcache",
+    "kvcache_append",
     "merge_states",
-    "varlen_bwd",
-    "varlen_bwd_into",
-    "varlen_fwd",
+    "varlen_backward",
+    "varlen_forward",
 ]
+
 
 # Shapes.  Dense: q, dout, out (batch, seqlen_q, heads_q, head_dim); k, v (batch, seqlen_k, heads_k,
 # head_dim); softmax_lse and its gradient dlse (batch, heads_q, seqlen_q).  varlen: q, dout, out
@@ -40,290 +34,216 @@ __all__ = [
 # logarithm, +inf for a row that sees no key; fp32, and fp64 for fp64 inputs.
 #
 # Options.  shift = seqlen_k - seqlen_q of a sequence; query i sees key j if
-# i + shift - window_left <= j <= i + shift + window_right; a negative number is no limit, and causal
-# makes window_right 0.  Scores are s = softmax_scale * q.k; softcap > 0: softcap * tanh(s / softcap);
-# alibi_slopes (heads_q,) or (batch, heads_q), fp32: s - slope * |i + shift - j|.  dropout_p > 0 drops
-# weights (not from softmax_lse) by rng_state, int64 (2,): ``cpu.philox`` says which.
+# i + shift - left <= j <= i + shift + right; a negative number is no limit, and causal makes right 0.
+# Scores are s = softmax_scale * q.k; softcap > 0: softcap * tanh(s / softcap); alibi_slopes (heads_q,)
+# or (batch, heads_q), fp32: s - slope * |i + shift - j|.  softmax_scale_tensor and softcap_tensor, of
+# one element on any device, take the place of the numbers: the operator reads them, and on CUDA it
+# waits for the device to do so.
+#
+# Dropout.  dropout_p > 0 drops weights (not from softmax_lse) by a random state, int64 (2,), a seed and
+# an offset: ``cpu.philox`` says which.  The forward pass draws it from torch's default generator of
+# q's device and returns it; a given rng_state is used instead.  Without dropout it is empty, (0,).
 #
 # Keys.  seqused_k: how many of a sequence's rows of k count; leftpad_k: how many of these are skipped;
-# seqlen_k is what remains.
+# seqlen_k is what remains.  num_splits: as of the cache, for paged keys; otherwise it changes nothing.
+# zero_tensors changes nothing: rows of no sequence have out 0 and softmax_lse +inf in any case.
 #
-# S_dmask of attn_probs (batch, heads_q, max_seqlen_q, max_seqlen_k), both rounded up to S_DMASK_ROUND:
-# exp(s - its row's maximum), the sign bit set where dropped, 0 where a query sees no key.
+# S_dmask (batch, heads_q, max_seqlen_q, max_seqlen_k), both rounded up to S_DMASK_ROUND:
+# exp(s - its row's maximum), the sign bit set where dropped, 0 where a query sees no key.  It is empty,
+# (0,), unless return_softmax and dropout_p > 0.
 #
-# Inputs may have any strides with a contiguous last dimension, and so may the dq, dk and dv that bwd_into
-# and varlen_bwd_into fill; outputs are contiguous.
+# Inputs may have any strides with a contiguous last dimension, and so may the dq, dk and dv that the
+# backward operators fill; outputs are contiguous.  A gradient that is None is not returned.  The form
+# "functional" returns the gradients instead: it is for transforms that cannot follow a change in place.
+# softmax_d is rowsum(dout * out), fp32: (batch, heads_q, seqlen_q rounded up to SOFTMAX_D_ROUND), varlen
+# (heads_q, total_q + SOFTMAX_D_ROUND * batch), 0 in the padding, all of which comes last; without
+# return_softmax_d it is empty, (0,).
 #
-# decode, decode_append: forward only.  q, out and softmax_lse as above, dense or, with cu_seqlens_q,
-# varlen.  k_cache, v_cache (batch_cache, seqlen_cache, heads_k, head_dim), or with block_table paged;
-# capacity: seqlen_cache, or max_blocks * page_size.  Sequence b has the rows 0 to cache_seqlens[b] of
-# its entry (cache_batch_idx) or pages, or 0 to cache_seqlen where cache_seqlens is None; its keys are
-# those from cache_leftpad on.  decode_append first writes k and v (batch, seqlen_new, heads_k, head_dim),
-# or with cu_seqlens_q (total_q, heads_k, head_dim), behind the last row; those beyond the capacity are
-# an error on the CPU and left out on CUDA.  rotary_cos, rotary_sin (seqlen_rotary, rotary_dim / 2):
-# new key j is rotated by the position of the row it is written to, query i by cache_seqlens[b] + i, or
-# without causal and window by cache_seqlens[b].  num_splits: n > 0 cuts every sequence's keys into n
-# parts by its own length alone; 0 leaves it to the kernel; the CPU ignores it.
+# The cache: forward only.  q, out and softmax_lse as above, dense or, with cu_seqlens_q, varlen.
+# k_cache, v_cache (batch_cache, seqlen_cache, heads_k, head_dim), or with block_table paged; capacity:
+# seqlen_cache, or max_blocks * page_size.  Sequence b has the rows 0 to cache_seqlens[b] of its entry
+# (cache_batch_idx) or pages, or 0 to cache_seqlen where cache_seqlens is None; its keys are those from
+# cache_leftpad on.  The form "append" first writes k and v (batch, seqlen_new, heads_k, head_dim), or with
+# cu_seqlens_q (total_q, heads_k, head_dim), behind the last row; those beyond the capacity are an error
+# on the CPU and left out on CUDA.  rotary_cos, rotary_sin (seqlen_rotary, rotary_dim / 2): new key j is
+# rotated by the position of the row it is written to, query i by cache_seqlens[b] + i, or without causal
+# and window by cache_seqlens[b].  num_splits: n > 0 cuts every sequence's keys into n parts by its own
+# length alone; 0 leaves it to the kernel; the CPU ignores it.
 #
 # merge_states: out, softmax_lse of attention to the keys of two parts, dense or varlen; an infinite
 # softmax_lse, +inf or -inf, is that of a part without keys.
+_QKV = "Tensor q, Tensor k, Tensor v"
+_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 _OPTIONS = (
-    "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap,"
-    " Tensor? alibi_slopes, float dropout_p, Tensor? rng_state"
+    "float dropout_p, float softmax_scale, bool causal, SymInt window_size_left,"
+    " SymInt window_size_right, float softcap, Tensor? alibi_slopes"
 )
-_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
-_GRADIENTS_OF = (
-    "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse,"
-)
-_GRADIENTS = "Tensor dq, Tensor dk, Tensor dv"
-_GRADIENTS_INTO = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
+_NUMBERS = "Tensor? softmax_scale_tensor=None, Tensor? softcap_tensor=None"
+_FORWARD_RESULT = "(Tensor out, Tensor softmax_lse, Tensor S_dmask, Tensor rng_state)"
+_GRADIENTS_OF = f"Tensor dout, {_QKV}, Tensor out, Tensor softmax_lse"
+_GRADIENTS = "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv"
+_BACKWARD_OPTIONS = f"{_OPTIONS}, bool deterministic, Tensor? rng_state=None"
 _CACHE = (
     "Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? cache_seqlens, SymInt cache_seqlen,"
     " Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, float softmax_scale,"
-    " bool causal, SymInt window_left, SymInt window_right, float softcap, Tensor? alibi_slopes,"
-    " SymInt num_splits"
+    " bool causal, SymInt window_size_left, SymInt window_size_right, float softcap,"
+    " Tensor? alibi_slopes, SymInt num_splits"
 )
+_ROTARY = "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
+SCHEMAS = {
+    "_flash_attn_forward": (
+        f"({_QKV}, {_OPTIONS}, bool return_softmax, *, Tensor? rng_state=None, {_NUMBERS})"
+        f" -> {_FORWARD_RESULT}"
+    ),
+    "_flash_attn_varlen_forward": (
+        f"({_QKV}, {_LENGTHS}, float dropout_p, float softmax_scale, bool causal,"
+        " SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0.,"
+        " Tensor? alibi_slopes=None, bool return_softmax=False, Tensor? block_table=None,"
+        " Tensor? leftpad_k=None, Tensor? seqused_k=None, bool zero_tensors=False,"
+        f" SymInt num_splits=0, *, Tensor? rng_state=None, {_NUMBERS}) -> {_FORWARD_RESULT}"
+    ),
+    "_flash_attn_backward": (
+        f"({_GRADIENTS_OF}, {_GRADIENTS}, {_BACKWARD_OPTIONS}, *, Tensor? dlse=None,"
+        f" bool return_softmax_d=True, {_NUMBERS}) -> Tensor softmax_d"
+    ),
+    "_flash_attn_backward.functional": (
+        f"({_GRADIENTS_OF}, {_BACKWARD_OPTIONS}, *, Tensor? dlse=None, {_NUMBERS})"
+        " -> (Tensor dq, Tensor dk, Tensor dv)"
+    ),
+    "_flash_attn_varlen_backward": (
+        f"({_GRADIENTS_OF}, {_GRADIENTS}, {_LENGTHS}, {_BACKWARD_OPTIONS}, bool zero_tensors=False,"
+        f" *, Tensor? dlse=None, bool return_softmax_d=True, {_NUMBERS}) -> Tensor softmax_d"
+    ),
+    "_flash_attn_varlen_backward.functional": (
+        f"({_GRADIENTS_OF}, {_LENGTHS}, {_BACKWARD_OPTIONS}, *, Tensor? dlse=None, {_NUMBERS})"
+        " -> (Tensor dq, Tensor dk, Tensor dv)"
+    ),
+    "_flash_attn_kvcache": (
+        f"(Tensor q, Tensor k_cache, Tensor v_cache, {_CACHE}) -> (Tensor out, Tensor softmax_lse)"
+    ),
+    "_flash_attn_kvcache.append": (
+        "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v,"
+        f" {_ROTARY}, {_CACHE}) -> (Tensor out, Tensor softmax_lse)"
+    ),
+    "merge_states": (
+        "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b)"
+        " -> (Tensor out, Tensor softmax_lse)"
+    ),
+}
 
 S_DMASK_ROUND = 128
+SOFTMAX_D_ROUND = 128
+
+# How far torch's generator on CUDA advances for each query head of each sequence.
+RANDOM_NUMBERS_PER_HEAD = 32
 
 
-def _define(name: str, schema: str, *tags: torch.Tag) -> None:
-    tags = (torch.Tag.pt2_compliant_tag, *tags)
-    torch.library.define(f"flash_attn::{name}", schema, tags=tags)
+def _define() -> None:
+    for name, schema in SCHEMAS.items():
+        tags = [torch.Tag.pt2_compliant_tag]
+        if name.endswith("forward"):  # it draws dropout's random state
+            tags.append(torch.Tag.nondeterministic_seeded)
+        torch.library.define(f"flash_attn::{name}", schema, tags=tuple(tags))
 
 
-_define("fwd", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor softmax_lse)")
-_define("bwd", f"({_GRADIENTS_OF} {_OPTIONS}, bool deterministic) -> ({_GRADIENTS})")
-_define("bwd_into", f"({_GRADIENTS_OF} {_OPTIONS}, bool deterministic, {_GRADIENTS_INTO}) -> ()")
-_define(
-    "varlen_fwd",
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k,"
-    " Tensor? leftpad_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k,"
-    f" {_OPTIONS}) -> (Tensor out, Tensor softmax_lse)",
-)
-_define(
-    "varlen_bwd",
-    f"({_GRADIENTS_OF} {_LENGTHS} {_OPTIONS}, bool deterministic) -> ({_GRADIENTS})",
-)
-_define(
-    "varlen_bwd_into",
-    f"({_GRADIENTS_OF} {_LENGTHS} {_OPTIONS}, bool deterministic, {_GRADIENTS_INTO}) -> ()",
-)
-# The seed and offset of torch's generator of like's device, which advances by increment (on the CPU
-# by two numbers).
-_define(
-    "draw_rng_state",
-    "(Tensor like, SymInt increment) -> Tensor",
-    torch.Tag.nondeterministic_seeded,
-)
-_define(
-    "attn_probs",
-    "(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q,"
-    " SymInt max_seqlen_k, float softmax_scale, bool causal, SymInt window_left,"
-    " SymInt window_right, float softcap, Tensor? alibi_slopes, float dropout_p, Tensor rng_state)"
-    " -> Tensor",
-)
-_define(
-    "decode",
-    f"(Tensor q, Tensor k_cache, Tensor v_cache, {_CACHE}) -> (Tensor out, Tensor softmax_lse)",
-)
-_define(
-    "decode_append",
-    "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? rotary_cos,"
-    f" Tensor? rotary_sin, bool rotary_interleaved, {_CACHE}) -> (Tensor out, Tensor softmax_lse)",
-)
-_define(
-    "merge_states",
-    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor softmax_lse)",
-)
+_define()
+
+forward = torch.ops.flash_attn._flash_attn_forward.default
+varlen_forward = torch.ops.flash_attn._flash_attn_varlen_forward.default
+backward = torch.ops.flash_attn._flash_attn_backward.default
+backward_functional = torch.ops.flash_attn._flash_attn_backward.functional
+varlen_backward = torch.ops.flash_attn._flash_attn_varlen_backward.default
+varlen_backward_functional = torch.ops.flash_attn._flash_attn_varlen_backward.functional
+kvcache = torch.ops.flash_attn._flash_attn_kvcache.default
+kvcache_append = torch.ops.flash_attn._flash_attn_kvcache.append
+merge_states = torch.ops.flash_attn.merge_states.default
+
+
+def round_up(x: int, multiple: int) -> int:
+    return (x + multiple - 1) // multiple * multiple
+
+
+def probabilities_shape(
+    q: Tensor, batch: int, max_seqlen_q: int, max_seqlen_k: int
+) -> tuple[int, int, int, int]:
+    """The shape of S_dmask."""
+    rows, cols = (round_up(n, S_DMASK_ROUND) for n in (max_seqlen_q, max_seqlen_k))
+    return batch, q.shape[-2], rows, cols
+
+
+def softmax_d_shape(q: Tensor, batch: int | None) -> tuple[int, ...]:
+    """batch: None for q with a batch dimension."""
+    if batch is not None:
+        return q.shape[1], q.shape[0] + SOFTMAX_D_ROUND * batch
+    return q.shape[0], q.shape[2], round_up(q.shape[1], SOFTMAX_D_ROUND)
+
 
 # What the operators return, for FakeTensor, torch.compile and the meta device.
 
 
-@torch.library.register_fake("flash_attn::fwd")
-def fwd_shapes(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-    batch, seqlen_q, heads_q, _ = q.shape
-    lse_shape = batch, heads_q, seqlen_q
+def _results_like(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out and softmax_lse."""
+    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=compute_dtype(q))
 
 
-@torch.library.register_fake("flash_attn::varlen_fwd")
-def varlen_fwd_shapes(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    total_q, heads_q, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((heads_q, total_q), dtype=compute_dtype(q))
+@torch.library.register_fake("flash_attn::_flash_attn_forward")
+def _forward_shapes(
+    q, k, v, dropout_p, scale, causal, left, right, cap, slopes, return_softmax, **_
+):
+    shape = probabilities_shape(q, q.shape[0], q.shape[1], k.shape[1])
+    return _forward_results(q, dropout_p, return_softmax, shape)
 
 
-@torch.library.register_fake("flash_attn::decode")
-@torch.library.register_fake("flash_attn::decode_append")
-def _decode_shapes(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    return (fwd_shapes if q.dim() == 4 else varlen_fwd_shapes)(q, q, q)
+@torch.library.register_fake("flash_attn::_flash_attn_varlen_forward")
+def _varlen_forward_shapes(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+    causal, left=-1, right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, *_, **__
+):  # fmt: skip
+    shape = probabilities_shape(q, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k)
+    return _forward_results(q, dropout_p, return_softmax, shape)
 
 
-@torch.library.register_fake("flash_attn::merge_states")
-def _merge_states_shapes(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+def _forward_results(
+    q: Tensor, dropout_p: float, return_softmax: bool, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    has_dropout = dropout_p > 0
+    probabilities = q.new_empty(shape if return_softmax and has_dropout else (0,))
+    return *_results_like(q), probabilities, q.new_empty(2 * has_dropout, dtype=torch.int64)
 
 
-@torch.library.register_fake("flash_attn::bwd")
-@torch.library.register_fake("flash_attn::varlen_bwd")
-def _bwd_shapes(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.register_fake("flash_attn::_flash_attn_backward")
+def _backward_shapes(dout, q, *_, return_softmax_d=True, **__):
+    shape = softmax_d_shape(q, None) if return_softmax_d else (0,)
+    return q.new_empty(shape, dtype=compute_dtype(q))
+
+
+@torch.library.register_fake("flash_attn::_flash_attn_varlen_backward")
+def _varlen_backward_shapes(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, *_, return_softmax_d=True, **__
+):
+    shape = softmax_d_shape(q, cu_seqlens_q.shape[0] - 1) if return_softmax_d else (0,)
+    return q.new_empty(shape, dtype=compute_dtype(q))
+
+
+@torch.library.register_fake("flash_attn::_flash_attn_backward.functional")
+@torch.library.register_fake("flash_attn::_flash_attn_varlen_backward.functional")
+def _gradient_shapes(dout, q, k, v, *_, **__):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.register_fake("flash_attn::bwd_into")
-@torch.library.register_fake("flash_attn::varlen_bwd_into")
-def _bwd_into_shapes(*arguments: object) -> None:
-    return None
+@torch.library.register_fake("flash_attn::_flash_attn_kvcache")
+@torch.library.register_fake("flash_attn::_flash_attn_kvcache.append")
+def _kvcache_shapes(q, *_):
+    return _results_like(q)
 
 
-@torch.library.register_fake("flash_attn::draw_rng_state")
-def draw_rng_state_shapes(like: Tensor, increment: int) -> Tensor:
-    return like.new_empty(2, dtype=torch.int64)
+@torch.library.register_fake("flash_attn::merge_states")
+def _merge_states_shapes(out_a, lse_a, out_b, lse_b):
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
-@torch.library.register_fake("flash_attn::attn_probs")
-def attn_probs_shapes(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *options: object,
-) -> Tensor:
-    return q.new_empty(_probs_shape(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k))
-
-
-def _probs_shape(
-    q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int, max_seqlen_k: int
-) -> tuple[int, int, int, int]:
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    rows, cols = (-(-n // S_DMASK_ROUND) * S_DMASK_ROUND for n in (max_seqlen_q, max_seqlen_k))
-    return batch, q.shape[-2], rows, cols
-
-
-# The CPU.  Arguments come in the order of the schemas.
-
-
-def _fwd(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-    return _reference.attention_forward(q, k, v, Options(*options))
-
-
-def _bwd(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors_and_options, _deterministic = arguments  # it always is
-    tensors, options = tensors_and_options[:7], tensors_and_options[7:]
-    return _reference.attention_backward(*tensors, Options(*options))
-
-
-def _varlen_fwd(q: Tensor, k: Tensor, v: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    lengths, options = Lengths(*arguments[:7]), Options(*arguments[7:])
-    check_lengths(q, k, lengths)
-    return _reference_varlen.varlen_forward(q, k, v, lengths, options)
-
-
-def _varlen_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dlse: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *options_and_deterministic: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(*options_and_deterministic[:-1])
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k)
-    check_lengths(q, k, lengths)
-    return _reference_varlen.varlen_backward(
-        dout, q, k, v, out, softmax_lse, dlse, lengths, options
-    )
-
-
-def _bwd_into(*arguments: object) -> None:
-    *inputs, dq, dk, dv = arguments
-    for gradient, value in zip((dq, dk, dv), _bwd(*inputs)):
-        gradient.copy_(value)
-
-
-def _varlen_bwd_into(*arguments: object) -> None:
-    *inputs, dq, dk, dv = arguments
-    for gradient, value in zip((dq, dk, dv), _varlen_bwd(*inputs)):
-        gradient.copy_(value)
-
-
-def _draw_rng_state(like: Tensor, increment: int) -> Tensor:
-    return torch.empty(2, dtype=torch.int64).random_()
-
-
-def _attn_probs(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *options: object,
-) -> Tensor:
-    probs = q.new_zeros(_probs_shape(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k))
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        _reference.write_probabilities(q, k, Options(*options), probs)
-    else:
-        lengths = Lengths(cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k)
-        check_lengths(q, k, lengths)
-        _reference_varlen.varlen_probabilities(q, k, lengths, Options(*options), probs)
-    return probs
-
-
-def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: object
-) -> tuple[Tensor, Tensor]:
-    cache, options = Cache(*arguments[:7]), Options(*arguments[7:13], 0.0, None)
-    check_cache_contents(q, k_cache, None, None, cache, options)
-    return _reference_decode.decode_forward(q, k_cache, v_cache, cache, options)
-
-
-def _decode_append(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_interleaved: bool,
-    *arguments: object,
-) -> tuple[Tensor, Tensor]:
-    cache, options = Cache(*arguments[:7]), Options(*arguments[7:13], 0.0, None)
-    check_cache_contents(q, k_cache, k, rotary_cos, cache, options)
-    rotary = None if rotary_cos is None else (rotary_cos, rotary_sin, rotary_interleaved)
-    return _reference_decode.decode_append_forward(
-        q, k_cache, v_cache, k, v, rotary, cache, options
-    )
-
-
-_ON_CPU = {
-    "fwd": _fwd,
-    "bwd": _bwd,
-    "bwd_into": _bwd_into,
-    "varlen_fwd": _varlen_fwd,
-    "varlen_bwd": _varlen_bwd,
-    "varlen_bwd_into": _varlen_bwd_into,
-    "draw_rng_state": _draw_rng_state,
-    "attn_probs": _attn_probs,
-    "decode": _decode,
-    "decode_append": _decode_append,
-    "merge_states": _reference_decode.merge_states,
-}
-for _name, _function in _ON_CPU.items():
-    torch.library.impl(f"flash_attn::{_name}", "CPU", _function)
+import flash_attn.cpu.register  # noqa: E402, F401
 
 try:
     import flash_attn_2_cuda as extension
@@ -339,17 +259,5 @@ except ImportError as error:
     def _raise_not_built(*args: object, **kwargs: object) -> None:
         raise RuntimeError(_not_built)
 
-    for _name in _ON_CPU:
+    for _name in SCHEMAS:
         torch.library.impl(f"flash_attn::{_name}", "CUDA", _raise_not_built)
-
-fwd = torch.ops.flash_attn.fwd.default
-bwd = torch.ops.flash_attn.bwd.default
-bwd_into = torch.ops.flash_attn.bwd_into.default
-varlen_fwd = torch.ops.flash_attn.varlen_fwd.default
-varlen_bwd = torch.ops.flash_attn.varlen_bwd.default
-varlen_bwd_into = torch.ops.flash_attn.varlen_bwd_into.default
-draw_rng_state = torch.ops.flash_attn.draw_rng_state.default
-attn_probs = torch.ops.flash_attn.attn_probs.default
-decode = torch.ops.flash_attn.decode.default
-decode_append = torch.ops.flash_attn.decode_append.default
-merge_states = torch.ops.flash_attn.merge_states.default

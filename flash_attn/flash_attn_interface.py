@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _compat, _ops
+from flash_attn import _checks, _ops, _upstream
 from flash_attn._arguments import Lengths
 from flash_attn._autograd import (
     attention,
     maybe_contiguous,  # noqa: F401
 )
+from flash_attn._decode import flash_attn_with_kvcache  # noqa: F401
+from flash_attn._merge import merge_states  # noqa: F401
 
 # Names that other libraries import from here.
-from flash_attn._compat import (  # noqa: F401
+from flash_attn._upstream import (  # noqa: F401
     USE_TRITON_ROCM,
     _flash_attn_backward,
     _flash_attn_forward,
@@ -31,17 +33,14 @@ from flash_attn._compat import (  # noqa: F401
     _wrapped_flash_attn_varlen_forward,
     round_multiple,
 )
-from flash_attn._decode import (  # noqa: F401
-    flash_attn_with_kvcache,
-    merge_states,
-)
 
 # The compiled extension under the name that other libraries import; None where it is not built.
 flash_attn_gpu = _ops.extension
 
-# From flash_attn_func's arguments to out, or to None for calls that are not the usual one: in C++,
-# for the host's time.
-_attend_common = getattr(_ops.extension, "attend_common", None)
+# The usual calls in C++, for the host's time (csrc/torch/fast_path): from all arguments of
+# flash_attn_func or flash_attn_varlen_func to out, or to None for a call that is not a usual one.
+_fast_attend = getattr(_ops.extension, "fast_attend", None)
+_fast_varlen_attend = getattr(_ops.extension, "fast_varlen_attend", None)
 
 
 def flash_attn_func(
@@ -49,10 +48,10 @@ def flash_attn_func(
     k: Tensor,
     v: Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -88,17 +87,24 @@ def flash_attn_func(
         dropout_p: probability of dropping an attention weight, in [0, 1), in steps of 1 / 65536; the
             others are multiplied by 1 / (1 - dropout_p).  Seed and offset come from torch's default
             generator of q's device, so torch.manual_seed repeats a mask.
-        softmax_scale: factor of q k^T.  Default: head_dim ** -0.5.
+        softmax_scale: factor of q k^T, a number or a tensor of one element, which gets its gradient
+            (NaN where the scale is 0).  Default: head_dim ** -0.5.
         causal: hide the keys that lie after a query.
         window_size: (left, right), integers or 0-dim tensors: query i sees the keys from
             i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right, inclusive; a negative
             number means no limit.  With ``causal`` right is 0.  Only blocks of keys with a visible
             key are read: time is linear in the window.  A tensor on CUDA makes the call wait for it.
-        softcap: above 0, limits scores smoothly to (-softcap, softcap).  0: off.
+        softcap: above 0, limits scores smoothly to (-softcap, softcap).  0: off.  A number, or a
+            tensor of one element that requires no gradient.
         alibi_slopes: (heads_q,) or (batch, heads_q), fp32, on q's device.  It gets no gradient.
         deterministic: make dq bitwise repeatable, at some cost in time.  The other gradients and
             out always are.
         return_attn_probs: return softmax_lse and S_dmask too.
+
+    Under ``torch.func`` (grad, vjp, vmap, jacrev and their compositions) it has the gradients of a loop
+    over the examples; with dropout vmap's ``randomness`` says whether these share a mask.  It has no
+    forward-mode derivative, and its gradients have no gradient.  A tensor on CUDA that stands for a
+    number makes the call wait for the device.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim), contiguous, in q's dtype; with
@@ -113,12 +119,14 @@ def flash_attn_func(
         empty, (0,).  It has no gradient, and it takes memory for every score.
 
     Raises:
-        RuntimeError: an argument has a wrong shape, dtype, device or value, or the CUDA extension
-            is not built.  In the backward pass: create_graph=True, as its gradients have none.
+        RuntimeError: an argument has a wrong shape, dtype, device or value, softcap requires a
+            gradient, or the CUDA extension is not built.  Under vmap: dropout with randomness="error".
+            In the backward pass: create_graph=True, as its gradients have none.
+        NotImplementedError: forward-mode differentiation.
     """
     # torch.compile traces what follows instead.
-    if not torch.compiler.is_compiling() and _attend_common is not None:
-        out = _attend_common(
+    if not torch.compiler.is_compiling() and _fast_attend is not None:
+        out = _fast_attend(
             q,
             k,
             v,
@@ -138,7 +146,9 @@ def flash_attn_func(
         q, q.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
     return attention(
-        q, k, v, None, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+        "flash_attn_func",
+        *(q, k, v, None),
+        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -146,10 +156,10 @@ def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -170,17 +180,19 @@ def flash_attn_kvpacked_func(
         q, q.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
     return attention(
-        q, kv, None, None, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+        "flash_attn_kvpacked_func",
+        *(q, kv, None, None),
+        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -201,7 +213,9 @@ def flash_attn_qkvpacked_func(
         qkv, qkv.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
     return attention(
-        qkv, None, None, None, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+        "flash_attn_qkvpacked_func",
+        *(qkv, None, None, None),
+        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -214,10 +228,10 @@ def flash_attn_varlen_func(
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -259,6 +273,28 @@ def flash_attn_varlen_func(
             this waits for the device, only if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.
             Unchecked, wrong contents are undefined behaviour.
     """
+    # torch.compile traces what follows instead.
+    if not torch.compiler.is_compiling() and _fast_varlen_attend is not None:
+        out = _fast_varlen_attend(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            block_table,
+        )
+        if out is not None:
+            return out
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     _checks.check_varlen(q, k, v, lengths)
     _checks.check_no_dropout_of_pages(block_table, dropout_p)
@@ -268,7 +304,9 @@ def flash_attn_varlen_func(
     )
     _checks.check_lengths_on_demand(q, k, lengths)
     return attention(
-        q, k, v, lengths, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+        "flash_attn_varlen_func",
+        *(q, k, v, lengths),
+        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -280,10 +318,10 @@ def flash_attn_varlen_kvpacked_func(
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -305,7 +343,9 @@ def flash_attn_varlen_kvpacked_func(
     )
     _checks.check_lengths_on_demand(q, kv, lengths)
     return attention(
-        q, kv, None, lengths, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+        "flash_attn_varlen_kvpacked_func",
+        *(q, kv, None, lengths),
+        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -314,10 +354,10 @@ def flash_attn_varlen_qkvpacked_func(
     cu_seqlens: Tensor,
     max_seqlen: int,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -341,7 +381,9 @@ def flash_attn_varlen_qkvpacked_func(
     )
     _checks.check_lengths_on_demand(qkv, qkv, lengths)
     return attention(
-        qkv, None, None, lengths, score, alibi_slopes, dropout_p, deterministic, return_attn_probs
+        "flash_attn_varlen_qkvpacked_func",
+        *(qkv, None, None, lengths),
+        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -360,13 +402,15 @@ def _lengths(
 
 
 # Upstream's autograd Functions, for code that calls their apply.
-FlashAttnFunc = _compat.function_class("FlashAttnFunc", flash_attn_func)
-FlashAttnKVPackedFunc = _compat.function_class("FlashAttnKVPackedFunc", flash_attn_kvpacked_func)
-FlashAttnQKVPackedFunc = _compat.function_class("FlashAttnQKVPackedFunc", flash_attn_qkvpacked_func)
-FlashAttnVarlenFunc = _compat.function_class("FlashAttnVarlenFunc", flash_attn_varlen_func)
-FlashAttnVarlenKVPackedFunc = _compat.function_class(
+FlashAttnFunc = _upstream.function_class("FlashAttnFunc", flash_attn_func)
+FlashAttnKVPackedFunc = _upstream.function_class("FlashAttnKVPackedFunc", flash_attn_kvpacked_func)
+FlashAttnQKVPackedFunc = _upstream.function_class(
+    "FlashAttnQKVPackedFunc", flash_attn_qkvpacked_func
+)
+FlashAttnVarlenFunc = _upstream.function_class("FlashAttnVarlenFunc", flash_attn_varlen_func)
+FlashAttnVarlenKVPackedFunc = _upstream.function_class(
     "FlashAttnVarlenKVPackedFunc", flash_attn_varlen_kvpacked_func
 )
-FlashAttnVarlenQKVPackedFunc = _compat.function_class(
+FlashAttnVarlenQKVPackedFunc = _upstream.function_class(
     "FlashAttnVarlenQKVPackedFunc", flash_attn_varlen_qkvpacked_func
 )

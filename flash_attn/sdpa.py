@@ -24,7 +24,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from flash_attn import _ops
-from flash_attn._autograd import RANDOM_NUMBERS_PER_HEAD, maybe_contiguous
+from flash_attn._autograd import maybe_contiguous
 
 __all__ = ["NAME", "activate", "register"]
 
@@ -114,36 +114,23 @@ def _forward(
     if not ragged and (seqused_k is not None or block_table is not None):
         raise RuntimeError("flash_attn.sdpa: seqused_k and block_table need cum_seq_q")
 
-    rng_state = None
-    if dropout_p > 0.0:
-        batch = cum_seq_q.numel() - 1 if ragged else query.shape[0]
-        rng_state = _ops.draw_rng_state(query, batch * query.shape[-2] * RANDOM_NUMBERS_PER_HEAD)
     options = (
+        dropout_p,
         query.shape[-1] ** -0.5 if scale is None else scale,
         is_causal,
         -1 if window_size_left is None else window_size_left,
         -1 if window_size_right is None else window_size_right,
         0.0,
         alibi_slopes,
-        dropout_p,
-        rng_state,
+        False,
     )
     if ragged:
-        out, logsumexp = _ops.varlen_fwd(
-            query,
-            key,
-            value,
-            cum_seq_q,
-            cum_seq_k,
-            seqused_k,
-            None,
-            block_table,
-            max_q,
-            max_k,
-            *options,
-        )
+        lengths = cum_seq_q, cum_seq_k, max_q, max_k
+        keys = block_table, None, seqused_k
+        results = _ops.varlen_forward(query, key, value, *lengths, *options, *keys)
     else:
-        out, logsumexp = _ops.fwd(query, key, value, *options)
+        results = _ops.forward(query, key, value, *options)
+    out, logsumexp, _, rng_state = results
 
     # torch.compile counts on the layout of the query.
     result = torch.empty_like(query)
@@ -152,7 +139,7 @@ def _forward(
     else:
         result.copy_(out)
     unsigned = dict(dtype=torch.uint64, device=query.device)
-    state = torch.empty(2, **unsigned) if rng_state is None else rng_state.view(torch.uint64)
+    state = rng_state.view(torch.uint64) if dropout_p > 0.0 else torch.empty(2, **unsigned)
     return result, logsumexp, state, torch.empty((), **unsigned), query.new_empty(0)
 
 
@@ -178,20 +165,21 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """aten::_flash_attention_backward -> gradients of query, key, value in their layouts."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    saved = maybe_contiguous(grad_out), query, key, value, out, logsumexp, None
+    saved = maybe_contiguous(grad_out), query, key, value, out, logsumexp, *grads
     options = (
+        dropout_p,
         query.shape[-1] ** -0.5 if scale is None else scale,
         is_causal,
         -1 if window_size_left is None else window_size_left,
         -1 if window_size_right is None else window_size_right,
         0.0,
         None,
-        dropout_p,
-        rng_state.view(torch.int64) if dropout_p > 0.0 else None,
         torch.are_deterministic_algorithms_enabled(),
+        rng_state.view(torch.int64) if dropout_p > 0.0 else None,
     )
     if cum_seq_q is None:
-        _ops.bwd_into(*saved, *options, *grads)
+        _ops.backward(*saved, *options, return_softmax_d=False)
     else:
-        _ops.varlen_bwd_into(*saved, cum_seq_q, cum_seq_k, max_q, max_k, *options, *grads)
+        lengths = cum_seq_q, cum_seq_k, max_q, max_k
+        _ops.varlen_backward(*saved, *lengths, *options, return_softmax_d=False)
     return grads

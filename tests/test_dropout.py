@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from cases import (
-    UNLIMITED,
     Alibi,
     AttnCase,
     Inputs,
@@ -201,18 +200,25 @@ def state_tensor(state: Sequence[int], device: str | torch.device) -> Tensor:
 
 
 def op_options(case: AttnCase, slopes: Tensor | None) -> tuple:
-    """Arguments of the operators from softmax_scale to dropout_p."""
-    return (case.scale, case.causal, *case.window, case.softcap, slopes, case.dropout)
+    """Arguments of the operators from dropout_p to alibi_slopes."""
+    return (case.dropout, case.scale, case.causal, *case.window, case.softcap, slopes)
+
+
+def forward_op(q: Tensor, k: Tensor, v: Tensor, options: tuple, state: Tensor) -> tuple:
+    """(out, softmax_lse, S_dmask, rng_state) with an explicit state."""
+    op = torch.ops.flash_attn._flash_attn_forward
+    return op(q, k, v, *options, True, rng_state=state)
 
 
 def run_ops(case: AttnCase, x: Inputs, rng_state: Tensor, dlse: Tensor | None = None) -> Result:
-    """flash_attn::fwd and bwd with an explicit state."""
+    """The operators of both passes with an explicit state."""
     options = op_options(case, features_of(case, x.q.device).get("alibi_slopes"))
     poison(x.q.device)
-    out, lse = torch.ops.flash_attn.fwd(x.q, x.k, x.v, *options, rng_state)
+    out, lse, _, state = forward_op(x.q, x.k, x.v, options, rng_state)
+    assert torch.equal(state, rng_state) and state.data_ptr() != rng_state.data_ptr()
     poison(x.q.device)
-    grads = torch.ops.flash_attn.bwd(
-        x.dout, x.q, x.k, x.v, out, lse, dlse, *options, rng_state, True
+    grads = torch.ops.flash_attn._flash_attn_backward.functional(
+        x.dout, x.q, x.k, x.v, out, lse, *options, True, rng_state, dlse=dlse
     )
     return Result(out, lse, *grads, rng_state)
 
@@ -246,20 +252,15 @@ def test_the_cpu_backend_drops_the_same_weights(device: str, case: AttnCase) -> 
     slopes = features_of(case, device).get("alibi_slopes")
     options = op_options(case, None if slopes is None else slopes.cpu())
     y = x.map(Tensor.cpu)
-    out, lse = torch.ops.flash_attn.fwd(y.q, y.k, y.v, *options, state_tensor(state, "cpu"))
-    grads = torch.ops.flash_attn.bwd(
-        *(y.dout, y.q, y.k, y.v, out, lse, None, *options, state_tensor(state, "cpu"), True)
+    out, lse, _, _ = forward_op(y.q, y.k, y.v, options, state_tensor(state, "cpu"))
+    grads = torch.ops.flash_attn._flash_attn_backward.functional(
+        *(y.dout, y.q, y.k, y.v, out, lse, *options, True, state_tensor(state, "cpu"))
     )
     eps = torch.finfo(out.dtype).eps
     for name, want in zip(("out", "dq", "dk", "dv"), (out, *grads)):
         assert_nearly(name, getattr(ours, name).cpu(), want, case, eps=4 * eps)
-    probs = [
-        torch.ops.flash_attn.attn_probs(
-            *(t.q, t.k, None, None, case.seqlen_q, case.seqlen_k, case.scale, case.causal),
-            *(*case.window, case.softcap, None, case.dropout, state_tensor(state, t.q.device)),
-        )
-        for t in (x, y)
-    ]
+    plain = op_options(case, None)
+    probs = [forward_op(t.q, t.k, t.v, plain, state_tensor(state, t.q.device))[2] for t in (x, y)]
     ours_signs, want_signs = (p.cpu().signbit() & (p.cpu() != 0) for p in probs)
     assert torch.equal(ours_signs, want_signs), case
 
@@ -356,14 +357,11 @@ def test_the_mask_depends_on_no_length_tile_or_head_dim(device: str, case: AttnC
         x = make_inputs(small, device)
         v = torch.eye(sk, head_dim, device=device, dtype=case.torch_dtype)
         v = v[None, :, None].expand(small.kv_shape).contiguous()
-        out, _ = torch.ops.flash_attn.fwd(x.q * 0, x.k, v, *op_options(small, None), state)
+        out, *_ = forward_op(x.q * 0, x.k, v, op_options(small, None), state)
         seen = min(sk, head_dim)
         shown = out.transpose(1, 2)[..., :seen] != 0
         assert torch.equal(shown, whole[:, :, :sq, :seen]), small
-        probs = torch.ops.flash_attn.attn_probs(
-            *(x.q, x.k, None, None, sq, sk, small.scale, False, *UNLIMITED, 0.0, None),
-            *(case.dropout, state),
-        )
+        _, _, probs, _ = forward_op(x.q, x.k, v, op_options(small, None), state)
         assert torch.equal(~probs[:, :, :sq, :sk].signbit(), whole[:, :, :sq, :sk]), small
 
 
@@ -463,12 +461,9 @@ def test_backward_operator_without_a_state_is_refused_D6(device: str, case: Attn
     state = state_tensor((1, 2), device)
     ours = run_ops(case, x, state)
     with pytest.raises(RuntimeError, match="rng_state"):
-        torch.ops.flash_attn.bwd(
-            *(x.dout, x.q, x.k, x.v, ours.out, ours.lse, None, *op_options(case, None)),
-            *(None, False),
+        torch.ops.flash_attn._flash_attn_backward.functional(
+            *(x.dout, x.q, x.k, x.v, ours.out, ours.lse, *op_options(case, None), False)
         )
-    with pytest.raises(RuntimeError, match="rng_state"):
-        torch.ops.flash_attn.fwd(x.q, x.k, x.v, *op_options(case, None), None)
 
 
 @few
@@ -536,23 +531,39 @@ def test_state_is_seed_and_offset_of_torchs_cuda_generator(device: str) -> None:
     """As upstream draws them: a call takes 32 values for each batch entry and head."""
     q = torch.zeros(3, 8, 5, 64, dtype=torch.bfloat16, device=device)
     torch.cuda.manual_seed(1234)
-    state = torch.ops.flash_attn.draw_rng_state(q, 3 * 5 * 32)
+    options = (0.1, 1.0, False, -1, -1, 0.0, None, False)
+    *_, state = torch.ops.flash_attn._flash_attn_forward(q, q, q, *options)
     assert state.dtype == torch.int64 and state.shape == (2,) and state.device == q.device
     assert state.tolist() == [1234, 0]
     flash_attn_func(q, q, q, dropout_p=0.1)
-    state = torch.ops.flash_attn.draw_rng_state(q, 32)
+    *_, state = torch.ops.flash_attn._flash_attn_forward(q, q, q, *options)
     assert state.tolist() == [1234, 2 * 3 * 5 * 32]
 
 
 def test_state_of_the_cpu_comes_from_torchs_generator() -> None:
-    like = torch.zeros(1)
+    q = torch.zeros(1, 2, 1, 8)
+
+    def draw() -> Tensor:
+        options = (0.1, 1.0, False, -1, -1, 0.0, None, False)
+        return torch.ops.flash_attn._flash_attn_forward(q, q, q, *options)[3]
+
     torch.manual_seed(1)
-    first = torch.ops.flash_attn.draw_rng_state(like, 64)
+    first = draw()
     assert first.dtype == torch.int64 and first.shape == (2,)
-    second = torch.ops.flash_attn.draw_rng_state(like, 64)
+    second = draw()
     torch.manual_seed(1)
-    assert torch.equal(torch.ops.flash_attn.draw_rng_state(like, 64), first)
+    assert torch.equal(draw(), first)
     assert not torch.equal(first, second)
+
+
+def test_operator_draws_nothing_without_dropout(device: str) -> None:
+    q = torch.zeros(1, 2, 1, 8, device=device, dtype=torch.bfloat16)
+    before = generator_state(device)
+    results = torch.ops.flash_attn._flash_attn_forward(
+        q, q, q, 0.0, 1.0, *(False, -1, -1, 0.0, None, True)
+    )
+    assert [t.shape for t in results[2:]] == [(0,), (0,)]
+    assert torch.equal(before, generator_state(device))
 
 
 GRAPHS = [case for case in FEW if case.head_dim % 8 == 0]

@@ -164,7 +164,7 @@ class Recorder(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         self.names.append(str(function))
-        for argument, value in zip(function._schema.arguments, args):
+        for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.name == "deterministic":
                 self.deterministic[str(function)] = value
         return function(*args, **(kwargs or {}))
@@ -190,12 +190,16 @@ def test_packed_gradients_are_written_in_place(device: str, case: AttnCase) -> N
     qkv = torch.stack([x.q, x.k, x.v], dim=2).requires_grad_()
     out, _, _ = flash_attn_qkvpacked_func(qkv, **options)
     assert_written_in_place(
-        lambda: torch.autograd.grad(out, qkv, x.dout), "flash_attn.bwd_into", case
+        lambda: torch.autograd.grad(out, qkv, x.dout),
+        "flash_attn._flash_attn_backward.default",
+        case,
     )
     q, kv = x.q.requires_grad_(), torch.stack([x.k, x.v], dim=2).requires_grad_()
     out_kv, _, _ = flash_attn_kvpacked_func(q, kv, **options)
     assert_written_in_place(
-        lambda: torch.autograd.grad(out_kv, (q, kv), x.dout), "flash_attn.bwd_into", case
+        lambda: torch.autograd.grad(out_kv, (q, kv), x.dout),
+        "flash_attn._flash_attn_backward.default",
+        case,
     )
 
 
@@ -205,7 +209,7 @@ def test_packed_varlen_gradients_are_written_in_place(device: str, case: VarlenC
     cu, longest = x.cu_seqlens_q, x.max_seqlen_q
     qkv = torch.stack([x.q, x.k, x.v], dim=1).requires_grad_()
     out, _, _ = flash_attn_varlen_qkvpacked_func(qkv, cu, longest, **options)
-    operator = "flash_attn.varlen_bwd_into"
+    operator = "flash_attn._flash_attn_varlen_backward.default"
     assert_written_in_place(lambda: torch.autograd.grad(out, qkv, x.dout), operator, case)
     q, kv = x.q.requires_grad_(), torch.stack([x.k, x.v], dim=1).requires_grad_()
     out_kv, _, _ = flash_attn_varlen_kvpacked_func(q, kv, cu, cu, longest, longest, **options)

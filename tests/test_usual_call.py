@@ -1,4 +1,4 @@
-"""attend_common: flash_attn_func's way from Python to C++ for the usual call, and what it leaves alone."""
+"""fast_attend, fast_varlen_attend: the way from Python to C++ for the usual calls, and what they leave alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flash_attn import (
     flash_attn_varlen_func,
 )
 
-ATTEND = flash_attn_interface._attend_common
+ATTEND = flash_attn_interface._fast_attend
 needs_extension = pytest.mark.skipif(ATTEND is None, reason="needs the compiled extension")
 needs_cuda = pytest.mark.cuda
 DEFAULTS = dict(
@@ -157,7 +157,10 @@ def test_modes_and_transforms_are_left_to_python_cuda(device: str) -> None:
         assert attend(q, k, v) is None
         inputs = leaves(q, k, v)
         torch.autograd.grad(flash_attn_func(*inputs).sum(), inputs)
-    assert {"flash_attn.fwd.default", "flash_attn.bwd.default"} <= set(names)
+    assert {
+        "flash_attn._flash_attn_forward.default",
+        "flash_attn._flash_attn_backward.default",
+    } <= set(names)
     with Function():
         assert attend(q, k, v) is None
     with torch.autograd.forward_ad.dual_level():
@@ -241,10 +244,10 @@ def test_both_ways_give_the_same_bits(
         served.append(out is not None)
         return out
 
-    monkeypatch.setattr(flash_attn_interface, "_attend_common", observed)
+    monkeypatch.setattr(flash_attn_interface, "_fast_attend", observed)
     ours = out_and_gradients(case, device, softmax_scale=scale)
     assert served == [True, True]
-    monkeypatch.setattr(flash_attn_interface, "_attend_common", None)
+    monkeypatch.setattr(flash_attn_interface, "_fast_attend", None)
     for _ in range(2):
         want = out_and_gradients(case, device, softmax_scale=scale)
         for name, a, b in zip(("out", "dq", "dk", "dv"), ours, want, strict=True):
@@ -309,7 +312,11 @@ def test_profiler_sees_the_operators_cuda(device: str) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         flash_attn_func(*inputs).sum().backward()
     names = {event.key for event in profile.key_averages()}
-    assert {"flash_attn::fwd", "flash_attn::bwd", "FlashAttnBackward"} <= names
+    assert {
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_backward",
+        "FlashAttnBackward",
+    } <= names
 
 
 @needs_cuda
@@ -346,5 +353,5 @@ def test_compile_and_export_trace_pythons_way_cuda(device: str) -> None:
     assert torch.equal(compiled(*leaves(q, k, v)), want)
     for strict in (False, True):
         program = torch.export.export(Module(), (q, k, v), strict=strict)
-        assert "flash_attn.fwd" in str(program.graph)
+        assert "flash_attn._flash_attn_forward" in str(program.graph)
         assert torch.equal(program.module()(q, k, v), want)

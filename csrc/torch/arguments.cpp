@@ -83,6 +83,14 @@ void set_lengths(Problem& problem, Lengths const& lengths, at::Tensor const& q,
 
 }  // namespace
 
+double number(double given, OptionalTensor const& tensor, char const* name) {
+  if (!tensor) { return given; }
+  TORCH_CHECK(tensor->numel() == 1 && !tensor->is_complex() && tensor->scalar_type() != at::kBool,
+              name, ": must have one real number; got ", tensor->scalar_type(), " of shape ",
+              tensor->sizes());
+  return tensor->item().toDouble();
+}
+
 Problem make_problem(at::Tensor const& q, bool is_ragged, ProblemShape const& shape,
                      Options const& options) {
   TORCH_CHECK(shape.seqlen_q < kUnlimited && shape.seqlen_k < kUnlimited,

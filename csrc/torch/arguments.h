@@ -21,6 +21,9 @@ struct Options {
   OptionalTensor const& rng_state;
 };
 
+// A number, or that of a tensor with one element in its place.  Waits for the device of a tensor on CUDA.
+double number(double given, OptionalTensor const& tensor, char const* name);
+
 // Sequences of different lengths in one tensor.
 struct Lengths {
   at::Tensor const &cu_seqlens_q, &cu_seqlens_k;

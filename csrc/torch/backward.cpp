@@ -1,4 +1,5 @@
-// Operators flash_attn::bwd and flash_attn::varlen_bwd, and their forms that write into given tensors, on CUDA.
+// Operators flash_attn::_flash_attn_backward and flash_attn::_flash_attn_varlen_backward on CUDA, which write into given tensors, and
+// their functional forms.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -76,59 +77,85 @@ void backward(Saved const& saved, Lengths const* lengths, Options const& options
   if (negative) { dq_out.neg_(); }
 }
 
-}  // namespace
-
-void bwd_into(at::Tensor const& dout, at::Tensor const& q, at::Tensor const& k, at::Tensor const& v,
-              at::Tensor const& out, at::Tensor const& softmax_lse, OptionalTensor const& dlse,
-              double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-              double softcap, OptionalTensor const& alibi_slopes, double dropout_p,
-              OptionalTensor const& rng_state, bool deterministic, at::Tensor dq, at::Tensor dk,
-              at::Tensor dv) {
-  backward({dout, q, k, v, out, softmax_lse, dlse}, nullptr,
-           {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, dropout_p,
-            rng_state},
-           deterministic, dq, dk, dv);
+at::Tensor given_or_new(OptionalTensor const& given, at::Tensor const& like) {
+  return given ? *given : new_like(like);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(
+// rowsum(dout * out), (..., heads, rows), with zeros up to columns in the last dimension.
+at::Tensor softmax_d(at::Tensor const& dout, at::Tensor const& out, int64_t columns) {
+  at::Tensor const sums = (dout.to(at::kFloat) * out.to(at::kFloat)).sum(-1).transpose(-1, -2);
+  return at::constant_pad_nd(sums, {0, columns - sums.size(-1)}).contiguous();
+}
+
+constexpr int64_t kSoftmaxDRound = 128;
+
+}  // namespace
+
+at::Tensor flash_attn_backward(
     at::Tensor const& dout, at::Tensor const& q, at::Tensor const& k, at::Tensor const& v,
-    at::Tensor const& out, at::Tensor const& softmax_lse, OptionalTensor const& dlse,
-    double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-    OptionalTensor const& alibi_slopes, double dropout_p, OptionalTensor const& rng_state,
-    bool deterministic) {
+    at::Tensor const& out, at::Tensor const& softmax_lse, OptionalTensor dq, OptionalTensor dk,
+    OptionalTensor dv, double dropout_p, double softmax_scale, bool causal, int64_t window_left,
+    int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, bool deterministic,
+    OptionalTensor const& rng_state, OptionalTensor const& dlse, bool return_softmax_d,
+    OptionalTensor const& softmax_scale_tensor, OptionalTensor const& softcap_tensor) {
+  backward({dout, q, k, v, out, softmax_lse, dlse}, nullptr,
+           {number(softmax_scale, softmax_scale_tensor, "softmax_scale_tensor"), causal,
+            window_left, window_right, number(softcap, softcap_tensor, "softcap_tensor"),
+            alibi_slopes, dropout_p, rng_state},
+           deterministic, given_or_new(dq, q), given_or_new(dk, k), given_or_new(dv, v));
+  if (!return_softmax_d) { return new_tensor({0}, at::kFloat, q); }
+  int64_t const rows = (q.size(1) + kSoftmaxDRound - 1) / kSoftmaxDRound * kSoftmaxDRound;
+  return softmax_d(dout, out, rows);
+}
+
+Gradients flash_attn_backward_functional(
+    at::Tensor const& dout, at::Tensor const& q, at::Tensor const& k, at::Tensor const& v,
+    at::Tensor const& out, at::Tensor const& softmax_lse, double dropout_p, double softmax_scale,
+    bool causal, int64_t window_left, int64_t window_right, double softcap,
+    OptionalTensor const& alibi_slopes, bool deterministic, OptionalTensor const& rng_state,
+    OptionalTensor const& dlse, OptionalTensor const& softmax_scale_tensor,
+    OptionalTensor const& softcap_tensor) {
   at::Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
-  bwd_into(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, causal, window_left, window_right,
-           softcap, alibi_slopes, dropout_p, rng_state, deterministic, dq, dk, dv);
+  flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+                      window_left, window_right, softcap, alibi_slopes, deterministic, rng_state,
+                      dlse, false, softmax_scale_tensor, softcap_tensor);
   return {dq, dk, dv};
 }
 
-void varlen_bwd_into(at::Tensor const& dout, at::Tensor const& q, at::Tensor const& k,
-                     at::Tensor const& v, at::Tensor const& out, at::Tensor const& softmax_lse,
-                     OptionalTensor const& dlse, at::Tensor const& cu_seqlens_q,
-                     at::Tensor const& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                     double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                     double softcap, OptionalTensor const& alibi_slopes, double dropout_p,
-                     OptionalTensor const& rng_state, bool deterministic, at::Tensor dq,
-                     at::Tensor dk, at::Tensor dv) {
+at::Tensor flash_attn_varlen_backward(
+    at::Tensor const& dout, at::Tensor const& q, at::Tensor const& k, at::Tensor const& v,
+    at::Tensor const& out, at::Tensor const& softmax_lse, OptionalTensor dq, OptionalTensor dk,
+    OptionalTensor dv, at::Tensor const& cu_seqlens_q, at::Tensor const& cu_seqlens_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p, double softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, double softcap, OptionalTensor const& alibi_slopes,
+    bool deterministic, OptionalTensor const& rng_state, bool /*zero_tensors*/,
+    OptionalTensor const& dlse, bool return_softmax_d, OptionalTensor const& softmax_scale_tensor,
+    OptionalTensor const& softcap_tensor) {
   OptionalTensor const none;
   Lengths const lengths{cu_seqlens_q, cu_seqlens_k, none, none, max_seqlen_q, max_seqlen_k};
   backward({dout, q, k, v, out, softmax_lse, dlse}, &lengths,
-           {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, dropout_p,
-            rng_state},
-           deterministic, dq, dk, dv);
+           {number(softmax_scale, softmax_scale_tensor, "softmax_scale_tensor"), causal,
+            window_left, window_right, number(softcap, softcap_tensor, "softcap_tensor"),
+            alibi_slopes, dropout_p, rng_state},
+           deterministic, given_or_new(dq, q), given_or_new(dk, k), given_or_new(dv, v));
+  if (!return_softmax_d) { return new_tensor({0}, at::kFloat, q); }
+  return softmax_d(dout, out, q.size(0) + kSoftmaxDRound * lengths.batch());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_bwd(
+Gradients flash_attn_varlen_backward_functional(
     at::Tensor const& dout, at::Tensor const& q, at::Tensor const& k, at::Tensor const& v,
-    at::Tensor const& out, at::Tensor const& softmax_lse, OptionalTensor const& dlse,
-    at::Tensor const& cu_seqlens_q, at::Tensor const& cu_seqlens_k, int64_t max_seqlen_q,
-    int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
-    int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, double dropout_p,
-    OptionalTensor const& rng_state, bool deterministic) {
+    at::Tensor const& out, at::Tensor const& softmax_lse, at::Tensor const& cu_seqlens_q,
+    at::Tensor const& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
+    double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
+    OptionalTensor const& alibi_slopes, bool deterministic, OptionalTensor const& rng_state,
+    OptionalTensor const& dlse, OptionalTensor const& softmax_scale_tensor,
+    OptionalTensor const& softcap_tensor) {
   at::Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
-  varlen_bwd_into(dout, q, k, v, out, softmax_lse, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                  max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap,
-                  alibi_slopes, dropout_p, rng_state, deterministic, dq, dk, dv);
+  flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q,
+                             cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+                             causal, window_left, window_right, softcap, alibi_slopes,
+                             deterministic, rng_state, false, dlse, false, softmax_scale_tensor,
+                             softcap_tensor);
   return {dq, dk, dv};
 }
 

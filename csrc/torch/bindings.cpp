@@ -11,22 +11,19 @@
 #include <vector>
 
 #include "flash.h"
-#include "torch/attend.h"
-#include "torch/entry.h"
+#include "torch/fast_path/fast_path.h"
 #include "torch/operators.h"
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
-  m.impl("fwd", &flash::fwd);
-  m.impl("bwd", &flash::bwd);
-  m.impl("bwd_into", &flash::bwd_into);
-  m.impl("varlen_fwd", &flash::varlen_fwd);
-  m.impl("varlen_bwd", &flash::varlen_bwd);
-  m.impl("varlen_bwd_into", &flash::varlen_bwd_into);
-  m.impl("decode", &flash::decode);
-  m.impl("decode_append", &flash::decode_append);
+  m.impl("_flash_attn_forward", &flash::flash_attn_forward);
+  m.impl("_flash_attn_varlen_forward", &flash::flash_attn_varlen_forward);
+  m.impl("_flash_attn_backward", &flash::flash_attn_backward);
+  m.impl("_flash_attn_backward.functional", &flash::flash_attn_backward_functional);
+  m.impl("_flash_attn_varlen_backward", &flash::flash_attn_varlen_backward);
+  m.impl("_flash_attn_varlen_backward.functional", &flash::flash_attn_varlen_backward_functional);
+  m.impl("_flash_attn_kvcache", &flash::flash_attn_kvcache);
+  m.impl("_flash_attn_kvcache.append", &flash::flash_attn_kvcache_append);
   m.impl("merge_states", &flash::merge_states);
-  m.impl("draw_rng_state", &flash::draw_rng_state);
-  m.impl("attn_probs", &flash::attn_probs);
 }
 
 namespace {
@@ -77,11 +74,9 @@ void copy_if_given(OptionalTensor const& target, at::Tensor const& value) {
   target->copy_(value);
 }
 
-constexpr int64_t kRandomNumbersPerHead = 32;
-
-at::Tensor new_rng_state(at::Tensor const& q, int64_t sequences, double dropout_p) {
-  return dropout_p > 0 ? flash::draw_rng_state(q, sequences * q.size(-2) * kRandomNumbersPerHead)
-                       : at::zeros({2}, q.options().dtype(at::kLong));
+// Other libraries count on two numbers without dropout, too.
+at::Tensor two_numbers(at::Tensor const& rng_state) {
+  return rng_state.numel() > 0 ? rng_state : at::zeros({2}, rng_state.options());
 }
 
 Tensors fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_,
@@ -91,50 +86,33 @@ Tensors fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_,
   check_generator(generator);
   TORCH_CHECK(!return_softmax || p_dropout > 0,
               "return_softmax is only supported when p_dropout > 0.0");
-  at::Tensor const rng_state = new_rng_state(q, q.size(0), p_dropout);
-  auto [out, lse] = flash::fwd(q, k, v, softmax_scale, causal, left, right, softcap, alibi_slopes,
-                               p_dropout, rng_state);
+  auto [out, lse, probs, rng_state] =
+      flash::flash_attn_forward(q, k, v, p_dropout, softmax_scale, causal, left, right, softcap,
+                                alibi_slopes, return_softmax, {}, {}, {});
   copy_if_given(out_, out);
-  at::Tensor probs =
-      return_softmax ? flash::attn_probs(q, k, {}, {}, q.size(1), k.size(1), softmax_scale, causal,
-                                         left, right, softcap, alibi_slopes, p_dropout, rng_state)
-                     : at::empty({0}, q.options());
-  return {out_ ? *out_ : out, lse, probs, rng_state};
+  return {out_ ? *out_ : out, lse, probs, two_numbers(rng_state)};
 }
 
 Tensors varlen_fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_,
                    at::Tensor cu_seqlens_q, at::Tensor cu_seqlens_k, OptionalTensor seqused_k,
                    OptionalTensor leftpad_k, OptionalTensor block_table,
                    OptionalTensor alibi_slopes, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                   double p_dropout, double softmax_scale, bool /*zero_tensors*/, bool causal,
+                   double p_dropout, double softmax_scale, bool zero_tensors, bool causal,
                    int64_t left, int64_t right, double softcap, bool return_softmax,
-                   pybind11::object generator, int64_t /*num_splits*/) {
+                   pybind11::object generator, int64_t num_splits) {
   check_generator(generator);
   TORCH_CHECK(!return_softmax || p_dropout > 0,
               "return_softmax is only supported when p_dropout > 0.0");
-  at::Tensor const rng_state = new_rng_state(q, cu_seqlens_q.numel() - 1, p_dropout);
-  auto [out, lse] =
-      flash::varlen_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table,
-                        max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right, softcap,
-                        alibi_slopes, p_dropout, rng_state);
+  auto [out, lse, probs, rng_state] = flash::flash_attn_varlen_forward(
+      q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout, softmax_scale,
+      causal, left, right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k, seqused_k,
+      zero_tensors, num_splits, {}, {}, {});
   copy_if_given(out_, out);
-  TORCH_CHECK(!return_softmax || !(seqused_k || leftpad_k || block_table),
-              "return_softmax: not together with seqused_k, leftpad_k or block_table");
-  at::Tensor probs = return_softmax
-                         ? flash::attn_probs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                                             max_seqlen_k, softmax_scale, causal, left, right,
-                                             softcap, alibi_slopes, p_dropout, rng_state)
-                         : at::empty({0}, q.options());
-  return {out_ ? *out_ : out, lse, probs, rng_state};
+  return {out_ ? *out_ : out, lse, probs, two_numbers(rng_state)};
 }
 
 at::Tensor given_or_new(OptionalTensor const& given, at::Tensor const& like) {
   return given ? *given : at::empty(like.sizes(), like.options());
-}
-
-// rowsum(dout * out), (..., heads, seqlen_q).
-at::Tensor softmax_d(at::Tensor const& dout, at::Tensor const& out) {
-  return (dout.to(at::kFloat) * out.to(at::kFloat)).sum(-1).transpose(-1, -2).contiguous();
 }
 
 Tensors bwd(at::Tensor dout, at::Tensor q, at::Tensor k, at::Tensor v, at::Tensor out,
@@ -144,24 +122,26 @@ Tensors bwd(at::Tensor dout, at::Tensor q, at::Tensor k, at::Tensor v, at::Tenso
             pybind11::object generator, OptionalTensor rng_state) {
   check_generator(generator);
   at::Tensor dq = given_or_new(dq_, q), dk = given_or_new(dk_, k), dv = given_or_new(dv_, v);
-  flash::bwd_into(dout, q, k, v, out, softmax_lse, {}, softmax_scale, causal, left, right, softcap,
-                  alibi_slopes, p_dropout, rng_state, deterministic, dq, dk, dv);
-  return {dq, dk, dv, softmax_d(dout, out)};
+  at::Tensor softmax_d = flash::flash_attn_backward(
+      dout, q, k, v, out, softmax_lse, dq, dk, dv, p_dropout, softmax_scale, causal, left, right,
+      softcap, alibi_slopes, deterministic, rng_state, {}, true, {}, {});
+  return {dq, dk, dv, softmax_d};
 }
 
 Tensors varlen_bwd(at::Tensor dout, at::Tensor q, at::Tensor k, at::Tensor v, at::Tensor out,
                    at::Tensor softmax_lse, OptionalTensor dq_, OptionalTensor dk_,
                    OptionalTensor dv_, at::Tensor cu_seqlens_q, at::Tensor cu_seqlens_k,
                    OptionalTensor alibi_slopes, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                   double p_dropout, double softmax_scale, bool /*zero_tensors*/, bool causal,
+                   double p_dropout, double softmax_scale, bool zero_tensors, bool causal,
                    int64_t left, int64_t right, double softcap, bool deterministic,
                    pybind11::object generator, OptionalTensor rng_state) {
   check_generator(generator);
   at::Tensor dq = given_or_new(dq_, q), dk = given_or_new(dk_, k), dv = given_or_new(dv_, v);
-  flash::varlen_bwd_into(dout, q, k, v, out, softmax_lse, {}, cu_seqlens_q, cu_seqlens_k,
-                         max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right, softcap,
-                         alibi_slopes, p_dropout, rng_state, deterministic, dq, dk, dv);
-  return {dq, dk, dv, softmax_d(dout, out)};
+  at::Tensor softmax_d = flash::flash_attn_varlen_backward(
+      dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+      max_seqlen_k, p_dropout, softmax_scale, causal, left, right, softcap, alibi_slopes,
+      deterministic, rng_state, zero_tensors, {}, true, {}, {});
+  return {dq, dk, dv, softmax_d};
 }
 
 Tensors fwd_kvcache(at::Tensor q, at::Tensor k_cache, at::Tensor v_cache, OptionalTensor k,
@@ -178,13 +158,14 @@ Tensors fwd_kvcache(at::Tensor q, at::Tensor k_cache, at::Tensor v_cache, Option
               "k: If rotary cos/sin are provided, new key / value to be appended to KV cache must "
               "also be provided");
   int64_t const capacity = k_cache.size(1) * (block_table ? block_table->size(1) : 1);
-  auto [out, lse] = k ? flash::decode_append(q, k_cache, v_cache, *k, *v, rotary_cos, rotary_sin,
-                                             rotary_interleaved, {}, q.size(1), seqlens_k, capacity,
-                                             cache_batch_idx, leftpad_k, block_table, softmax_scale,
-                                             causal, left, right, softcap, alibi_slopes, num_splits)
-                      : flash::decode(q, k_cache, v_cache, {}, q.size(1), seqlens_k, capacity,
-                                      cache_batch_idx, leftpad_k, block_table, softmax_scale,
-                                      causal, left, right, softcap, alibi_slopes, num_splits);
+  auto [out, lse] =
+      k ? flash::flash_attn_kvcache_append(q, k_cache, v_cache, *k, *v, rotary_cos, rotary_sin,
+                                           rotary_interleaved, {}, q.size(1), seqlens_k, capacity,
+                                           cache_batch_idx, leftpad_k, block_table, softmax_scale,
+                                           causal, left, right, softcap, alibi_slopes, num_splits)
+        : flash::flash_attn_kvcache(q, k_cache, v_cache, {}, q.size(1), seqlens_k, capacity,
+                                    cache_batch_idx, leftpad_k, block_table, softmax_scale, causal,
+                                    left, right, softcap, alibi_slopes, num_splits);
   copy_if_given(out_, out);
   return {out_ ? *out_ : out, lse};
 }
@@ -196,21 +177,18 @@ PYBIND11_MODULE(flash_attn_2_cuda, m) {
   m.def(
       "build_info", &build_info,
       "What this build holds: archs, head_dims, dtypes, families, cuda_version, cutlass_version.");
-  // Called by flash_attn/_autograd.py.
-  using WithoutGil = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("attend", &flash::attend, "Attention with gradients: (out, softmax_lse).", WithoutGil());
-  m.def("varlen_attend", &flash::varlen_attend,
-        "Attention with gradients for sequences of their own lengths: (out, softmax_lse).",
-        WithoutGil());
   // Called by flash_attn/flash_attn_interface.py; pybind11 takes longer to convert arguments than attention to one tile takes.
+  auto const fast = [](auto function) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+  };
   static PyMethodDef methods[] = {
-      {"attend_common",
-       reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&flash::attend_common)),
-       METH_FASTCALL,
+      {"fast_attend", fast(&flash::fast_attend), METH_FASTCALL,
        "The usual call of flash_attn_func: out, or None for what it does not serve."},
+      {"fast_varlen_attend", fast(&flash::fast_varlen_attend), METH_FASTCALL,
+       "The usual call of flash_attn_varlen_func: out, or None for what it does not serve."},
       {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) { throw pybind11::error_already_set(); }
-  // Arguments have no names, as other libraries pass them: varlen_fwd takes 21 or, with num_splits (ignored), 22.
+  // Arguments have no names, as other libraries pass them: varlen_fwd takes 21 or, with num_splits, 22.
   namespace py = pybind11;
   m.def("fwd", &fwd, "Forward pass: [out, softmax_lse, S_dmask, rng_state].");
   m.def("varlen_fwd", &varlen_fwd,

@@ -1,4 +1,4 @@
-// Operators flash_attn::decode, decode_append and merge_states on CUDA, and varlen_fwd with a block table.
+// Operators flash_attn::_flash_attn_kvcache and merge_states on CUDA, and the forward pass with a block table.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -235,11 +235,11 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
 std::tuple<at::Tensor, at::Tensor> attend_pages(at::Tensor const& q, at::Tensor const& k,
                                                 at::Tensor const& v,
                                                 CacheArguments const& arguments,
-                                                Options const& options) {
-  return attend_cache(q, k, v, arguments, options, 0, nullptr);
+                                                Options const& options, int64_t num_splits) {
+  return attend_cache(q, k, v, arguments, options, num_splits, nullptr);
 }
 
-std::tuple<at::Tensor, at::Tensor> decode(
+std::tuple<at::Tensor, at::Tensor> flash_attn_kvcache(
     at::Tensor const& q, at::Tensor const& k_cache, at::Tensor const& v_cache,
     OptionalTensor const& cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor const& cache_seqlens,
     int64_t cache_seqlen, OptionalTensor const& cache_batch_idx,
@@ -255,7 +255,7 @@ std::tuple<at::Tensor, at::Tensor> decode(
       num_splits, nullptr);
 }
 
-std::tuple<at::Tensor, at::Tensor> decode_append(
+std::tuple<at::Tensor, at::Tensor> flash_attn_kvcache_append(
     at::Tensor const& q, at::Tensor k_cache, at::Tensor v_cache, at::Tensor const& k,
     at::Tensor const& v, OptionalTensor const& rotary_cos, OptionalTensor const& rotary_sin,
     bool rotary_interleaved, OptionalTensor const& cu_seqlens_q, int64_t max_seqlen_q,

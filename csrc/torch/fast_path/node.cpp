@@ -1,11 +1,15 @@
-// Attention with gradients for tensors on CUDA: the Python classes of _autograd without Python's share of the time.
+// Attention with gradients for tensors on CUDA: flash_attn/_autograd.py without Python's share of the time.
 // One node for both layouts, with plain members: torch::autograd::Function keeps a dictionary of boxed values for each call.
-#include <ATen/FuncTorchTLS.h>
+// Invariant: only plain calls come here.  Where the backward pass runs in another setting, such as is_grads_batched, it hands over to
+// the Python function.
+#include "torch/fast_path/node.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <array>
@@ -13,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "torch/attend.h"
+#include "torch/convert.h"
 #include "torch/operators.h"
 
 namespace flash {
@@ -44,7 +48,7 @@ enum Number : size_t {
 using Numbers = std::array<c10::IValue, kNumbers>;
 
 // What is saved, in this order; undefined where there is none.
-enum Slot : size_t { kQ, kK, kV, kOut, kLse, kSlopes, kRngState, kCuSeqlensQ, kCuSeqlensK, kSlots };
+enum Slot : size_t { kQ, kK, kV, kOut, kLse, kRngState, kCuSeqlensQ, kCuSeqlensK, kSlots };
 using Tensors = std::array<at::Tensor, kSlots>;
 
 OptionalTensor optional(at::Tensor const& tensor) {
@@ -54,49 +58,89 @@ at::Tensor with_contiguous_rows(at::Tensor const& tensor) {
   return tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
-std::tuple<at::Tensor, at::Tensor> call_forward(at::Tensor const& q, at::Tensor const& k,
-                                                at::Tensor const& v, Lengths const* lengths,
-                                                Options const& o) {
-  static auto const dense  = find_operator<decltype(fwd)>("flash_attn::fwd");
-  static auto const varlen = find_operator<decltype(varlen_fwd)>("flash_attn::varlen_fwd");
+ForwardResults call_forward(at::Tensor const& q, at::Tensor const& k, at::Tensor const& v,
+                            Lengths const* lengths, Options const& o) {
+  static auto const dense =
+      find_operator<decltype(flash_attn_forward)>("flash_attn::_flash_attn_forward");
+  static auto const varlen =
+      find_operator<decltype(flash_attn_varlen_forward)>("flash_attn::_flash_attn_varlen_forward");
   at::AutoGradMode const no_grad(false);
   at::AutoDispatchBelowADInplaceOrView const below_autograd;
-  return lengths ? varlen.call(q, k, v, lengths->cu_seqlens_q, lengths->cu_seqlens_k, {}, {}, {},
-                               lengths->max_seqlen_q, lengths->max_seqlen_k, o.softmax_scale,
-                               o.causal, o.window_left, o.window_right, o.softcap, o.alibi_slopes,
-                               o.dropout_p, o.rng_state)
-                 : dense.call(q, k, v, o.softmax_scale, o.causal, o.window_left, o.window_right,
-                              o.softcap, o.alibi_slopes, o.dropout_p, o.rng_state);
+  return lengths
+             ? varlen.call(q, k, v, lengths->cu_seqlens_q, lengths->cu_seqlens_k,
+                           lengths->max_seqlen_q, lengths->max_seqlen_k, o.dropout_p,
+                           o.softmax_scale, o.causal, o.window_left, o.window_right, o.softcap,
+                           o.alibi_slopes, false, {}, {}, {}, false, 0, o.rng_state, {}, {})
+             : dense.call(q, k, v, o.dropout_p, o.softmax_scale, o.causal, o.window_left,
+                          o.window_right, o.softcap, o.alibi_slopes, false, o.rng_state, {}, {});
+}
+
+// flash_attn/_autograd.py's backward pass, for gradients that are no plain tensors.
+variable_list call_python(at::Tensor const& dout, OptionalTensor const& dlse, Tensors const& saved,
+                          Numbers const& numbers) {
+  namespace py = pybind11;
+  py::gil_scoped_acquire const gil;
+  auto const tensor = [](at::Tensor const& t) -> py::object {
+    return t.defined() ? py::cast(t) : py::none();
+  };
+  auto const number = [&](Number which) -> py::object {
+    c10::IValue const& value = numbers[which];
+    return value.isDouble() ? py::cast(value.toDouble())
+           : value.isBool() ? py::cast(value.toBool())
+                            : py::cast(value.toInt());
+  };
+  bool const is_ragged    = saved[kCuSeqlensQ].defined();
+  py::object const none   = py::none();
+  py::tuple const score   = py::make_tuple(number(kScale), number(kCausal), number(kLeft),
+                                           number(kRight), number(kSoftcap));
+  py::tuple const statics = py::make_tuple(score, number(kDropout), number(kDeterministic), false,
+                                           is_ragged ? number(kMaxSeqlenQ) : none,
+                                           is_ragged ? number(kMaxSeqlenK) : none);
+  py::object const gradients = py::module_::import("flash_attn._autograd").attr("gradients");
+  return py::cast<variable_list>(gradients(
+      tensor(dout), dlse ? tensor(*dlse) : none, tensor(saved[kQ]), tensor(saved[kK]),
+      tensor(saved[kV]), tensor(saved[kOut]), tensor(saved[kLse]), none, none, none,
+      tensor(saved[kRngState]), tensor(saved[kCuSeqlensQ]), tensor(saved[kCuSeqlensK]), statics));
+}
+
+// A tensor on CUDA without anything that a mode or a transform wrapped around it.
+bool is_plain(at::Tensor const& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kPlain({DispatchKey::CUDA, DispatchKey::ADInplaceOrView,
+                                        DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
+  return !tensor.defined() || kPlain.has_all(tensor.key_set());
 }
 
 // dq, dk and dv from the gradients of out and softmax_lse, which are undefined where these were not used.
 variable_list call_backward(variable_list const& gradients, Tensors const& saved,
                             Numbers const& numbers) {
-  static auto const dense  = find_operator<decltype(bwd)>("flash_attn::bwd");
-  static auto const varlen = find_operator<decltype(varlen_bwd)>("flash_attn::varlen_bwd");
+  static auto const dense =
+      find_operator<decltype(flash_attn_backward)>("flash_attn::_flash_attn_backward");
+  static auto const varlen = find_operator<decltype(flash_attn_varlen_backward)>(
+      "flash_attn::_flash_attn_varlen_backward");
   // Without the fallback that would box the arguments.
   at::AutoDispatchBelowADInplaceOrView const below_autograd;
   at::Tensor const &q = saved[kQ], &k = saved[kK], &v = saved[kV], &out = saved[kOut],
                    &lse = saved[kLse], &cu_seqlens_q = saved[kCuSeqlensQ];
-  OptionalTensor const alibi_slopes = optional(saved[kSlopes]),
-                       rng_state    = optional(saved[kRngState]),
-                       dlse         = optional(gradients[1].defined() ? gradients[1].contiguous()
-                                                                      : gradients[1]);
-
-  auto const real    = [&](Number number) { return numbers[number].toDouble(); };
-  auto const integer = [&](Number number) { return numbers[number].toInt(); };
-  auto const flag    = [&](Number number) { return numbers[number].toBool(); };
   at::Tensor const dout =
       gradients[0].defined() ? with_contiguous_rows(gradients[0]) : at::zeros_like(out);
-  auto [dq, dk, dv] =
-      cu_seqlens_q.defined()
-          ? varlen.call(dout, q, k, v, out, lse, dlse, cu_seqlens_q, saved[kCuSeqlensK],
-                        integer(kMaxSeqlenQ), integer(kMaxSeqlenK), real(kScale), flag(kCausal),
-                        integer(kLeft), integer(kRight), real(kSoftcap), alibi_slopes,
-                        real(kDropout), rng_state, flag(kDeterministic))
-          : dense.call(dout, q, k, v, out, lse, dlse, real(kScale), flag(kCausal), integer(kLeft),
-                       integer(kRight), real(kSoftcap), alibi_slopes, real(kDropout), rng_state,
-                       flag(kDeterministic));
+  if (!is_plain(dout)) { return call_python(dout, {}, saved, numbers); }
+
+  OptionalTensor const rng_state = optional(saved[kRngState]), none;
+  auto const real                = [&](Number number) { return numbers[number].toDouble(); };
+  auto const integer             = [&](Number number) { return numbers[number].toInt(); };
+  auto const flag                = [&](Number number) { return numbers[number].toBool(); };
+  at::Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
+  if (cu_seqlens_q.defined()) {
+    varlen.call(dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, saved[kCuSeqlensK],
+                integer(kMaxSeqlenQ), integer(kMaxSeqlenK), real(kDropout), real(kScale),
+                flag(kCausal), integer(kLeft), integer(kRight), real(kSoftcap), none,
+                flag(kDeterministic), rng_state, false, none, false, none, none);
+  } else {
+    dense.call(dout, q, k, v, out, lse, dq, dk, dv, real(kDropout), real(kScale), flag(kCausal),
+               integer(kLeft), integer(kRight), real(kSoftcap), none, flag(kDeterministic),
+               rng_state, none, false, none, none);
+  }
   variable_list results;
   results.reserve(3);
   results.push_back(std::move(dq));
@@ -123,7 +167,7 @@ class FlashAttnBackward : public torch::autograd::Node {
   std::string name() const override { return "FlashAttnBackward"; }
 
   void save(Slot slot, at::Tensor const& tensor) {
-    bool const is_output = slot == kOut || slot == kLse;
+    bool const is_output = slot == kOut;
     if (tensor.defined()) { saved_[slot] = SavedVariable(tensor, is_output); }
   }
 
@@ -189,18 +233,10 @@ class FlashAttnBackward : public torch::autograd::Node {
   bool is_released_ = false;
 };
 
-// out and softmax_lse, with a node that has the edges of q, k and v.  As torch::autograd::Function, not inside functorch's
-// transforms and without forward derivatives.
-std::tuple<at::Tensor, at::Tensor> attend_recorded(at::Tensor const& q, at::Tensor const& k,
-                                                   at::Tensor const& v, Lengths const* lengths,
-                                                   Options const& o, bool deterministic) {
-  if (auto const& functorch = at::functorch::functorchTLSAccessor()) {
-    functorch->checkSupportsCppAutogradFunction();
-  }
-  for (at::Tensor const* input : {&q, &k, &v}) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!input->_fw_grad(/*level=*/0).defined(),
-                                "flash_attn has no forward derivatives");
-  }
+}  // namespace
+
+at::Tensor attend_recorded(at::Tensor const& q, at::Tensor const& k, at::Tensor const& v,
+                           Lengths const* lengths, Options const& o, bool deterministic) {
   bool const is_recorded = torch::autograd::compute_requires_grad(q, k, v);
   std::shared_ptr<FlashAttnBackward> node;
   if (is_recorded) {
@@ -211,46 +247,16 @@ std::tuple<at::Tensor, at::Tensor> attend_recorded(at::Tensor const& q, at::Tens
     node.reset(new FlashAttnBackward(std::move(numbers)), torch::autograd::deleteNode);
     node->set_next_edges(torch::autograd::collect_next_edges(q, k, v));
   }
-  auto results           = call_forward(q, k, v, lengths, o);
-  auto const& [out, lse] = results;
-  if (!is_recorded) { return results; }
+  auto const [out, lse, probs, rng_state] = call_forward(q, k, v, lengths, o);
+  if (!is_recorded) { return out; }
   torch::autograd::set_history(out, node);
-  torch::autograd::set_history(lse, node);
   node->save(kQ, q), node->save(kK, k), node->save(kV, v);
   node->save(kOut, out), node->save(kLse, lse);
-  if (o.alibi_slopes) { node->save(kSlopes, *o.alibi_slopes); }
-  if (o.rng_state) { node->save(kRngState, *o.rng_state); }
+  if (o.dropout_p > 0) { node->save(kRngState, rng_state); }
   if (lengths) {
     node->save(kCuSeqlensQ, lengths->cu_seqlens_q), node->save(kCuSeqlensK, lengths->cu_seqlens_k);
   }
-  return results;
-}
-
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor> attend(at::Tensor const& q, at::Tensor const& k,
-                                          at::Tensor const& v, double softmax_scale, bool causal,
-                                          int64_t window_left, int64_t window_right, double softcap,
-                                          OptionalTensor const& alibi_slopes, double dropout_p,
-                                          OptionalTensor const& rng_state, bool deterministic) {
-  return attend_recorded(q, k, v, nullptr,
-                         {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes,
-                          dropout_p, rng_state},
-                         deterministic);
-}
-
-std::tuple<at::Tensor, at::Tensor> varlen_attend(
-    at::Tensor const& q, at::Tensor const& k, at::Tensor const& v, at::Tensor const& cu_seqlens_q,
-    at::Tensor const& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-    OptionalTensor const& alibi_slopes, double dropout_p, OptionalTensor const& rng_state,
-    bool deterministic) {
-  OptionalTensor const none;
-  Lengths const lengths{cu_seqlens_q, cu_seqlens_k, none, none, max_seqlen_q, max_seqlen_k};
-  return attend_recorded(q, k, v, &lengths,
-                         {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes,
-                          dropout_p, rng_state},
-                         deterministic);
+  return out;
 }
 
 }  // namespace flash

@@ -1,8 +1,8 @@
 """Names below the public functions that other libraries import from ``flash_attn_interface``.
 
 ``_flash_attn_forward`` and its three siblings are what context-parallel training is built of: one
-pass each, as custom operators ``torch.ops.flash_attn._flash_attn_forward`` and so on, without
-gradients of their own.  They do what the operators of ``_ops`` do, with other argument lists.
+pass each, without gradients of their own.  They check their arguments and call the operators
+``torch.ops.flash_attn._flash_attn_forward`` and so on, which have the same names and arguments.
 
 Shapes are those of ``flash_attn_func`` and ``flash_attn_varlen_func``; window sizes below 0 are
 unlimited; head_dim must be a multiple of 8 on CUDA.
@@ -13,18 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flash_attn import _checks, _ops
+from flash_attn import _checks, _checks_decode, _ops
 from flash_attn._arguments import Lengths
-from flash_attn._autograd import RANDOM_NUMBERS_PER_HEAD, maybe_contiguous
-from flash_attn.cpu.scores import compute_dtype
 
 USE_TRITON_ROCM = False
-
-# softmax_d, that callers get but hardly use, has room for whole blocks of queries.
-SOFTMAX_D_ROUND = 128
 
 
 def round_multiple(x: int, m: int) -> int:
@@ -55,27 +49,9 @@ def function_class(name: str, function: Callable[..., Any]) -> type:
     return type(name, (), {"__doc__": doc, "apply": staticmethod(apply)})
 
 
-def _register_shapes(op: torch.library.CustomOpDef) -> Callable:
-    """Registers what op returns on fake tensors; the function names only the arguments it needs."""
-    signature = inspect.signature(op._init_fn)
-
-    def register(shapes: Callable) -> Callable:
-        def fake(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            return shapes(**bound.arguments)
-
-        op.register_fake(fake)
-        return shapes
-
-    return register
-
-
-def _draw_rng_state(q: Tensor, batch: int, dropout_p: float) -> Tensor:
-    """A new (seed, offset), or zeros where dropout needs none."""
-    if dropout_p == 0:
-        return q.new_zeros(2, dtype=torch.int64)
-    return _ops.draw_rng_state(q, batch * q.shape[-2] * RANDOM_NUMBERS_PER_HEAD)
+def _two_numbers(rng_state: Tensor) -> Tensor:
+    """(2,): what upstream returns without dropout too."""
+    return rng_state if rng_state.numel() else rng_state.new_zeros(2)
 
 
 def _check_rng_state(rng_state: Tensor | None, dropout_p: float) -> None:
@@ -86,19 +62,13 @@ def _check_rng_state(rng_state: Tensor | None, dropout_p: float) -> None:
         )
 
 
-def _gradient_buffers(given: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def _check_gradients(given: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> None:
     """dq, dk and dv to write to; of those that are None the gradient is lost, as in upstream."""
     for name, gradient, x in zip(("dq", "dk", "dv"), given, inputs):
         if gradient is not None:
             _checks.check_gradient(name, gradient, x)
-    return [x.new_empty(x.shape) if g is None else g for g, x in zip(given, inputs)]
 
 
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_forward",
-    mutates_args=(),
-    tags=(torch.Tag.nondeterministic_seeded,),
-)
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -122,30 +92,10 @@ def _flash_attn_forward(
         *(q, q.shape[0], dropout_p, softmax_scale, causal),
         *((window_size_left, window_size_right), softcap, alibi_slopes),
     )
-    q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
-    rng_state = _draw_rng_state(q, q.shape[0], dropout_p)
-    options = (*score, alibi_slopes, dropout_p, rng_state)
-    out, softmax_lse = _ops.fwd(q, k, v, *options)
-    probabilities = q.new_empty(0)
-    if return_softmax and dropout_p > 0:
-        probabilities = _ops.attn_probs(q, k, None, None, q.shape[1], k.shape[1], *options)
-    return out, softmax_lse, probabilities, rng_state
+    *results, rng_state = _ops.forward(q, k, v, dropout_p, *score, alibi_slopes, return_softmax)
+    return *results, _two_numbers(rng_state)
 
 
-@_register_shapes(_flash_attn_forward)
-def _forward_shapes(q, k, v, dropout_p, return_softmax, **_) -> tuple[Tensor, ...]:
-    out, softmax_lse = _ops.fwd_shapes(q, k, v)
-    probabilities = q.new_empty(0)
-    if return_softmax and dropout_p > 0:
-        probabilities = _ops.attn_probs_shapes(q, k, None, None, q.shape[1], k.shape[1])
-    return out, softmax_lse, probabilities, _ops.draw_rng_state_shapes(q, 0)
-
-
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_varlen_forward",
-    mutates_args=(),
-    tags=(torch.Tag.nondeterministic_seeded,),
-)
 def _flash_attn_varlen_forward(
     q: Tensor,
     k: Tensor,
@@ -166,12 +116,14 @@ def _flash_attn_varlen_forward(
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
+    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax_lse, S_dmask, rng_state) of sequences of different lengths.
 
     seqused_k: (batch,), int32: only so many of each sequence's keys count.  leftpad_k: (batch,),
     int32: so many of these are skipped, and the sequence begins after them.  zero_tensors changes
-    nothing: rows of no sequence have out 0 and softmax_lse +inf in any case.
+    nothing: rows of no sequence have out 0 and softmax_lse +inf in any case.  num_splits: with a
+    block_table, as of ``flash_attn_with_kvcache``; it changes nothing without.
     """
     lengths = Lengths(
         *(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table),
@@ -184,34 +136,18 @@ def _flash_attn_varlen_forward(
         *((window_size_left, window_size_right), softcap, alibi_slopes),
     )
     _checks.check_no_dropout_of_pages(block_table, dropout_p)
-    has_probabilities = return_softmax and dropout_p > 0
-    if has_probabilities and any(x is not None for x in (leftpad_k, seqused_k)):
+    if return_softmax and dropout_p > 0 and (leftpad_k is not None or seqused_k is not None):
         raise RuntimeError("return_softmax: S_dmask is not available with leftpad_k or seqused_k")
+    num_splits = _checks_decode.check_num_splits(num_splits)
     _checks.check_lengths_on_demand(q, k, lengths)
-    q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
-    rng_state = _draw_rng_state(q, batch, dropout_p)
-    options = (*score, alibi_slopes, dropout_p, rng_state)
-    out, softmax_lse = _ops.varlen_fwd(q, k, v, *lengths, *options)
-    probabilities = q.new_empty(0)
-    if has_probabilities:
-        sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        probabilities = _ops.attn_probs(q, k, *sequences, *options)
-    return out, softmax_lse, probabilities, rng_state
+    *results, rng_state = _ops.varlen_forward(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, *score),
+        *(alibi_slopes, return_softmax, block_table, leftpad_k, seqused_k),
+        *(zero_tensors, num_splits),
+    )
+    return *results, _two_numbers(rng_state)
 
 
-@_register_shapes(_flash_attn_varlen_forward)
-def _varlen_forward_shapes(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, return_softmax, **_
-) -> tuple[Tensor, ...]:
-    out, softmax_lse = _ops.varlen_fwd_shapes(q, k, v)
-    probabilities = q.new_empty(0)
-    if return_softmax and dropout_p > 0:
-        sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        probabilities = _ops.attn_probs_shapes(q, k, *sequences)
-    return out, softmax_lse, probabilities, _ops.draw_rng_state_shapes(q, 0)
-
-
-@torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"))
 def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,
@@ -243,25 +179,13 @@ def _flash_attn_backward(
         *((window_size_left, window_size_right), softcap, alibi_slopes),
     )
     _check_rng_state(rng_state, dropout_p)
-    options = (*score, alibi_slopes, dropout_p, rng_state if dropout_p > 0 else None)
-    dout, q, k, v, out = map(maybe_contiguous, (dout, q, k, v, out))
-    gradients = _gradient_buffers((dq, dk, dv), (q, k, v))
-    _ops.bwd_into(
-        *(dout, q, k, v, out, softmax_lse.contiguous(), None, *options, deterministic),
-        *gradients,
+    _check_gradients((dq, dk, dv), (q, k, v))
+    return _ops.backward(
+        *(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, *score, alibi_slopes),
+        *(deterministic, rng_state if dropout_p > 0 else None),
     )
-    delta = (dout.to(compute_dtype(q)) * out).sum(-1).transpose(1, 2)  # (batch, heads_q, seqlen_q)
-    return F.pad(delta, (0, -q.shape[1] % SOFTMAX_D_ROUND)).contiguous()
 
 
-@_register_shapes(_flash_attn_backward)
-def _backward_shapes(q, **_) -> Tensor:
-    batch, seqlen_q, heads_q, _head_dim = q.shape
-    shape = batch, heads_q, round_multiple(seqlen_q, SOFTMAX_D_ROUND)
-    return q.new_empty(shape, dtype=compute_dtype(q))
-
-
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_backward", mutates_args=("dq", "dk", "dv"))
 def _flash_attn_varlen_backward(
     dout: Tensor,
     q: Tensor,
@@ -295,30 +219,18 @@ def _flash_attn_varlen_backward(
     """
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k)
     _checks.check_varlen(q, k, v, lengths)
-    batch = cu_seqlens_q.shape[0] - 1
     score = _checks.check_options(
-        *(q, batch, dropout_p, softmax_scale, causal),
+        *(q, cu_seqlens_q.shape[0] - 1, dropout_p, softmax_scale, causal),
         *((window_size_left, window_size_right), softcap, alibi_slopes),
     )
     _check_rng_state(rng_state, dropout_p)
-    options = (*score, alibi_slopes, dropout_p, rng_state if dropout_p > 0 else None)
+    _check_gradients((dq, dk, dv), (q, k, v))
     _checks.check_lengths_on_demand(q, k, lengths)
-    dout, q, k, v, out = map(maybe_contiguous, (dout, q, k, v, out))
-    gradients = _gradient_buffers((dq, dk, dv), (q, k, v))
-    _ops.varlen_bwd_into(
-        *(dout, q, k, v, out, softmax_lse.contiguous(), None),
-        *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        *(*options, deterministic, *gradients),
+    return _ops.varlen_backward(
+        *(dout, q, k, v, out, softmax_lse, dq, dk, dv),
+        *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, *score),
+        *(alibi_slopes, deterministic, rng_state if dropout_p > 0 else None, zero_tensors),
     )
-    delta = (dout.to(compute_dtype(q)) * out).sum(-1).transpose(0, 1)  # (heads_q, total_q)
-    return F.pad(delta, (0, SOFTMAX_D_ROUND * batch)).contiguous()
-
-
-@_register_shapes(_flash_attn_varlen_backward)
-def _varlen_backward_shapes(q, cu_seqlens_q, **_) -> Tensor:
-    total_q, heads_q, _head_dim = q.shape
-    batch = cu_seqlens_q.shape[0] - 1
-    return q.new_empty((heads_q, total_q + SOFTMAX_D_ROUND * batch), dtype=compute_dtype(q))
 
 
 _wrapped_flash_attn_forward = torch.ops.flash_attn._flash_attn_forward

@@ -1,0 +1,233 @@
+"""Registers the CPU backend as the operators' implementation on the CPU.
+
+Used by ``_ops``, which documents the operators.  Arguments come in the order of the schemas; from here
+on they are grouped: ``Options``, ``Lengths``, ``Cache``.  Dense and variable length are one
+implementation: ``lengths`` is None where tensors have a batch dimension.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_attn import _ops
+from flash_attn._arguments import Cache, Lengths, Options
+from flash_attn._checks import check_lengths
+from flash_attn._checks_decode import check_cache_contents
+from flash_attn.cpu import attention, decode, varlen
+from flash_attn.cpu.scores import compute_dtype
+
+
+def draw_rng_state() -> Tensor:
+    """Two numbers of torch's generator: the seed and the offset of a call's dropout."""
+    return torch.empty(2, dtype=torch.int64, device="cpu").random_()
+
+
+def _options(
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    rng_state: Tensor | None,
+    softmax_scale_tensor: Tensor | None,
+    softcap_tensor: Tensor | None,
+) -> Options:
+    if softmax_scale_tensor is not None:
+        softmax_scale = float(softmax_scale_tensor)
+    if softcap_tensor is not None:
+        softcap = float(softcap_tensor)
+    score = softmax_scale, causal, window_left, window_right, softcap
+    return Options(*score, alibi_slopes, dropout_p, rng_state)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths | None,
+    options: Options,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, softmax_lse, S_dmask, rng_state."""
+    has_dropout = options.dropout_p > 0
+    if lengths is not None:
+        check_lengths(q, k, lengths)
+    if not has_dropout:
+        state = torch.empty(0, dtype=torch.int64, device="cpu")
+    elif options.rng_state is None:
+        state = draw_rng_state()
+    else:
+        state = options.rng_state.clone()
+    options = options._replace(rng_state=state if has_dropout else None)
+    if lengths is None:
+        out, softmax_lse = attention.attention_forward(q, k, v, options)
+    else:
+        out, softmax_lse = varlen.varlen_forward(q, k, v, lengths, options)
+    return out, softmax_lse, _probabilities(q, k, lengths, options, return_softmax), state
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, lengths: Lengths | None, options: Options, return_softmax: bool
+) -> Tensor:
+    """S_dmask."""
+    if not return_softmax or options.dropout_p == 0:
+        return q.new_empty(0)
+    if lengths is None:
+        shape = _ops.probabilities_shape(q, q.shape[0], q.shape[1], k.shape[1])
+        probabilities = q.new_zeros(shape)
+        attention.write_probabilities(q, k, options, probabilities)
+        return probabilities
+    for name in ("block_table", "leftpad_k", "seqused_k"):
+        if getattr(lengths, name) is not None:
+            raise RuntimeError(f"return_softmax: S_dmask is not available with {name}")
+    batch = len(lengths.cu_seqlens_q) - 1
+    shape = _ops.probabilities_shape(q, batch, lengths.max_seqlen_q, lengths.max_seqlen_k)
+    probabilities = q.new_zeros(shape)
+    varlen.varlen_probabilities(q, k, lengths, options, probabilities)
+    return probabilities
+
+
+def _forward_dense(
+    q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, return_softmax,
+    rng_state=None, softmax_scale_tensor=None, softcap_tensor=None,
+):  # fmt: skip
+    options = _options(
+        *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
+        *(rng_state, softmax_scale_tensor, softcap_tensor),
+    )
+    return _forward(q, k, v, None, options, return_softmax)
+
+
+def _forward_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+    causal, left=-1, right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+    block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0,
+    rng_state=None, softmax_scale_tensor=None, softcap_tensor=None,
+):  # fmt: skip
+    options = _options(
+        *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
+        *(rng_state, softmax_scale_tensor, softcap_tensor),
+    )
+    lengths = Lengths(
+        *(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table),
+        *(max_seqlen_q, max_seqlen_k),
+    )
+    return _forward(q, k, v, lengths, options, return_softmax)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dlse: Tensor | None,
+    lengths: Lengths | None,
+    options: Options,
+) -> Gradients:
+    """dq, dk, dv."""
+    tensors = dout, q, k, v, out, softmax_lse, dlse
+    if lengths is None:
+        return attention.attention_backward(*tensors, options)
+    check_lengths(q, k, lengths)
+    return varlen.varlen_backward(*tensors, lengths, options)
+
+
+def _fill(given: tuple[Tensor | None, Tensor | None, Tensor | None], values: Gradients) -> None:
+    for gradient, value in zip(given, values):
+        if gradient is not None:
+            gradient.copy_(value)
+
+
+def _softmax_d(dout: Tensor, out: Tensor, batch: int | None, is_wanted: bool) -> Tensor:
+    """rowsum(dout * out), padded; batch: None for tensors with a batch dimension."""
+    if not is_wanted:
+        return out.new_empty(0, dtype=compute_dtype(out))
+    delta = (dout.to(compute_dtype(out)) * out).sum(-1).transpose(-1, -2)
+    shape = _ops.softmax_d_shape(out, batch)
+    return F.pad(delta, (0, shape[-1] - delta.shape[-1])).contiguous()
+
+
+def _backward_functional(
+    dout, q, k, v, out, softmax_lse, dropout_p, softmax_scale, causal, left, right, softcap,
+    alibi_slopes, deterministic, rng_state=None,
+    dlse=None, softmax_scale_tensor=None, softcap_tensor=None,
+):  # fmt: skip
+    options = _options(
+        *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
+        *(rng_state, softmax_scale_tensor, softcap_tensor),
+    )
+    return _gradients(dout, q, k, v, out, softmax_lse, dlse, None, options)
+
+
+def _backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, *options, dlse=None, return_softmax_d=True, **numbers
+):  # fmt: skip
+    values = _backward_functional(dout, q, k, v, out, softmax_lse, *options, dlse=dlse, **numbers)
+    _fill((dq, dk, dv), values)
+    return _softmax_d(dout, out, None, return_softmax_d)
+
+
+def _varlen_backward_functional(
+    dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, deterministic,
+    rng_state=None, dlse=None, softmax_scale_tensor=None, softcap_tensor=None,
+):  # fmt: skip
+    options = _options(
+        *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
+        *(rng_state, softmax_scale_tensor, softcap_tensor),
+    )
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k)
+    return _gradients(dout, q, k, v, out, softmax_lse, dlse, lengths, options)
+
+
+def _varlen_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+    max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes,
+    deterministic, rng_state=None, zero_tensors=False, dlse=None, return_softmax_d=True, **numbers
+):  # fmt: skip
+    values = _varlen_backward_functional(
+        *(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
+        *(deterministic, rng_state),
+        dlse=dlse,
+        **numbers,
+    )
+    _fill((dq, dk, dv), values)
+    return _softmax_d(dout, out, len(cu_seqlens_q) - 1, return_softmax_d)
+
+
+def _kvcache(q, k_cache, v_cache, *arguments):
+    cache, options = Cache(*arguments[:7]), Options(*arguments[7:13], 0.0, None)
+    check_cache_contents(q, k_cache, None, None, cache, options)
+    return decode.decode_forward(q, k_cache, v_cache, cache, options)
+
+
+def _kvcache_append(
+    q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, rotary_interleaved, *arguments
+):
+    cache, options = Cache(*arguments[:7]), Options(*arguments[7:13], 0.0, None)
+    check_cache_contents(q, k_cache, k, rotary_cos, cache, options)
+    rotary = None if rotary_cos is None else (rotary_cos, rotary_sin, rotary_interleaved)
+    return decode.decode_append_forward(q, k_cache, v_cache, k, v, rotary, cache, options)
+
+
+_IMPLEMENTATIONS = {
+    "_flash_attn_forward": _forward_dense,
+    "_flash_attn_varlen_forward": _forward_varlen,
+    "_flash_attn_backward": _backward,
+    "_flash_attn_backward.functional": _backward_functional,
+    "_flash_attn_varlen_backward": _varlen_backward,
+    "_flash_attn_varlen_backward.functional": _varlen_backward_functional,
+    "_flash_attn_kvcache": _kvcache,
+    "_flash_attn_kvcache.append": _kvcache_append,
+    "merge_states": decode.merge_states,
+}
+for _name, _function in _IMPLEMENTATIONS.items():
+    torch.library.impl(f"flash_attn::{_name}", "CPU", _function)
