@@ -103,7 +103,7 @@ def test_no_machine_paths() -> None:
     assert not {name: paths for name, paths in found.items() if paths}
 
 
-HEADERS = [p for p in CPP if p.suffix == ".cuh" and p.parent.name == "pieces"]
+HEADERS = [p for p in CPP if p.suffix == ".cuh" and p.parent.name in {"pieces", "instructions"}]
 HEADERS += [p for p in CPP if p.suffix == ".h"]
 
 

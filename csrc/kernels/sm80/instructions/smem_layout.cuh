@@ -4,7 +4,7 @@
 // of bank conflicts.
 #include <cute/tensor.hpp>
 
-namespace flash {
+namespace flash::sm80 {
 using namespace cute;
 
 //   columns % 64 == 0:  8 x 64 atom (rows of 128 bytes), row r keeps 16-byte chunk c at c ^ r
@@ -32,4 +32,4 @@ struct SmemTile {
   }
 };
 
-}  // namespace flash
+}  // namespace flash::sm80

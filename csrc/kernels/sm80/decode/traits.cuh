@@ -1,11 +1,11 @@
 #pragma once
 // Types of the decoding kernels for one head dimension and dtype: MMA, shared memory layouts, operands.
-#include "pieces/cache_copy.cuh"
-#include "pieces/gemm.cuh"
-#include "pieces/smem_layout.cuh"
 #include "pieces/split.cuh"
-#include "sm80/mma_atom.cuh"
-#include "tile_config.h"
+#include "sm80/instructions/cache_copy.cuh"
+#include "sm80/instructions/gemm.cuh"
+#include "sm80/instructions/mma_atom.cuh"
+#include "sm80/instructions/smem_layout.cuh"
+#include "sm80/tile_config.h"
 
 namespace flash::sm80 {
 using namespace cute;

@@ -3,8 +3,8 @@
 // Invariant: every row of out and lse is written exactly once, by the thread block that has all of its query tile's keys, by the last
 // one of those that share them to finish, or by the one of a cluster that merges this row.
 #include "pieces/dependent.cuh"
-#include "sm80/decode_epilogue.cuh"
-#include "sm80/decode_schedule.cuh"
+#include "sm80/decode/epilogue.cuh"
+#include "sm80/decode/schedule.cuh"
 
 namespace flash::sm80 {
 

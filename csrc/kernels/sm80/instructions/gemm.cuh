@@ -3,9 +3,9 @@
 // Used by: every main loop.  Fragments of k-step k + 1 are loaded while the tensor cores work on k-step k.
 #include <cute/tensor.hpp>
 
-#include "pieces/mma_if.cuh"
+#include "sm80/instructions/mma_if.cuh"
 
-namespace flash {
+namespace flash::sm80 {
 using namespace cute;
 
 using LdsmN = SM75_U32x4_LDSM_N;  // four 8x8 blocks as they lie in shared memory
@@ -131,4 +131,4 @@ CUTE_DEVICE void gemm_rs(TiledMma mma, TensorC& tCrC, TensorA& tCrA, TensorB con
   gemm_rs<OperandB>(mma, tCrC, tCrA, sB, thread, [](int) {});
 }
 
-}  // namespace flash
+}  // namespace flash::sm80

@@ -1,7 +1,7 @@
 #pragma once
 // Forward launch: variant by mask, grid, shared memory.
 #include "pieces/launch.cuh"
-#include "sm80/fwd_kernel.cuh"
+#include "sm80/fwd/kernel.cuh"
 
 namespace flash::sm80 {
 

@@ -1,11 +1,11 @@
 #pragma once
 // dQ in fp32 between the key tiles that add to it.
-// Used by: bwd_mainloop (adds) and bwd_postprocess (reads).
+// Used by: bwd/mainloop (adds) and bwd/postprocess (reads).
 // Layout: one query block after another; inside, value j of thread t's atom i lies at (i * threads + t) * 4 + j, so that a warp
 // adds 512 contiguous bytes per instruction.  Rows and columns exist only in the MMA's own coordinates.
 #include <cute/tensor.hpp>
 
-namespace flash {
+namespace flash::sm80 {
 using namespace cute;
 
 CUTE_DEVICE void red_add_4(float* address, float a, float b, float c, float d) {
@@ -49,4 +49,4 @@ CUTE_DEVICE void add_to_dq(float* block, TensorR const& tdQrdQ, int* turn_counte
   }
 }
 
-}  // namespace flash
+}  // namespace flash::sm80

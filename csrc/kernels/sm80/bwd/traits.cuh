@@ -8,10 +8,10 @@
 //   dQ   = dS K         (queries x head_dim) MmaDq, added to fp32 in global memory
 //
 // Scores are held transposed, keys down, so that P^T and dS^T are A operands of dV and dK as they leave the MMA.
-#include "pieces/gemm.cuh"
-#include "pieces/smem_layout.cuh"
-#include "sm80/mma_atom.cuh"
-#include "tile_config.h"
+#include "sm80/instructions/gemm.cuh"
+#include "sm80/instructions/mma_atom.cuh"
+#include "sm80/instructions/smem_layout.cuh"
+#include "sm80/tile_config.h"
 
 namespace flash::sm80 {
 using namespace cute;

@@ -3,7 +3,7 @@
 // Used by: the epilogues of forward and backward.  Invariant: rows >= rows and columns >= head_dim are never written.
 #include <cute/tensor.hpp>
 
-namespace flash {
+namespace flash::sm80 {
 using namespace cute;
 
 // The accumulator of TiledMma, rounded to 16 bits, into a swizzled tile.
@@ -83,4 +83,4 @@ CUTE_DEVICE void smem_to_rows(TensorS const& sTile, Element* matrix, int64_t row
   }
 }
 
-}  // namespace flash
+}  // namespace flash::sm80

@@ -2,7 +2,7 @@
 // Which query tiles and key tiles a thread block of the decoding kernel works on.
 // Used by decode_kernel.  Kept in shared memory: in registers it would be spilled in the main loop.
 #include "pieces/cluster.cuh"
-#include "sm80/decode_mainloop.cuh"
+#include "sm80/decode/mainloop.cuh"
 
 namespace flash::sm80 {
 

@@ -3,7 +3,8 @@
 // Used by decode_kernel.  Knows parts and slots, not who works on what.
 #include "pieces/cluster.cuh"
 #include "pieces/merge.cuh"
-#include "sm80/decode_mainloop.cuh"
+#include "sm80/decode/mainloop.cuh"
+#include "sm80/instructions/fragment.cuh"
 
 namespace flash::sm80 {
 

@@ -1,9 +1,9 @@
 #pragma once
 // What becomes of a k-step's weights before their product with V: rounded, some of them dropped.
-// Used by: fwd_mainloop.
+// Used by: fwd/mainloop.
 #include "pieces/dropout.cuh"
 #include "pieces/numeric.cuh"
-#include "sm80/fwd_traits.cuh"
+#include "sm80/fwd/traits.cuh"
 
 namespace flash::sm80 {
 

@@ -1,8 +1,8 @@
 #pragma once
-// S = Q K^T of one key block, and what its masks' loops need.  Used by: fwd_mainloop.
-#include "pieces/gemm.cuh"
+// S = Q K^T of one key block, and what its masks' loops need.  Used by: fwd/mainloop.
 #include "pieces/head.cuh"
-#include "sm80/fwd_traits.cuh"
+#include "sm80/fwd/traits.cuh"
+#include "sm80/instructions/gemm.cuh"
 
 namespace flash::sm80 {
 

@@ -1,11 +1,11 @@
 #pragma once
 // Key tiles from a cache, contiguous or paged, to shared memory: 16-byte cp.async with zeros for rows outside a range.
-// Used by: decode_mainloop.  Knows pages, not attention.  Invariant: rows outside [first, end) arrive as zeros and are never read;
+// Used by: decode/mainloop.  Knows pages, not attention.  Invariant: rows outside [first, end) arrive as zeros and are never read;
 // a page number that does not exist counts as a row outside.
-#include "pieces/copy.cuh"
 #include "pieces/kv_cache.cuh"
+#include "sm80/instructions/copy.cuh"
 
-namespace flash {
+namespace flash::sm80 {
 using namespace cute;
 
 // One thread's share of copying tiles of kRows rows of K and V, each tile kAdvance rows after the last.  Tiles begin at multiples of 16
@@ -111,4 +111,4 @@ struct CacheCopy {
   }
 };
 
-}  // namespace flash
+}  // namespace flash::sm80

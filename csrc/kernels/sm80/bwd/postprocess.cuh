@@ -4,8 +4,9 @@
 #include "pieces/dependent.cuh"
 #include "pieces/head.cuh"
 #include "pieces/sequence.cuh"
-#include "pieces/store.cuh"
-#include "sm80/bwd_traits.cuh"
+#include "sm80/bwd/traits.cuh"
+#include "sm80/instructions/fragment.cuh"
+#include "sm80/instructions/store.cuh"
 
 namespace flash::sm80 {
 

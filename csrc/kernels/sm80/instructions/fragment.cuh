@@ -3,7 +3,7 @@
 // Used by: the main loops and epilogues.  Knows shapes only.
 #include <cute/tensor.hpp>
 
-namespace flash {
+namespace flash::sm80 {
 using namespace cute;
 
 // Accumulator (4, MMA_M, MMA_N) -> (rows, columns) = ((2, MMA_M), (2, MMA_N)).
@@ -59,4 +59,4 @@ CUTE_DEVICE void clear_now(TensorR& tensor) {
   }
 }
 
-}  // namespace flash
+}  // namespace flash::sm80

@@ -3,9 +3,9 @@
 // Invariant: every row of dk and dv below seqlen_k is written exactly once, summed over the query heads of its group.
 #include "pieces/features.cuh"
 #include "pieces/head.cuh"
-#include "pieces/store.cuh"
 #include "pieces/tile_order.cuh"
-#include "sm80/bwd_mainloop.cuh"
+#include "sm80/bwd/mainloop.cuh"
+#include "sm80/instructions/store.cuh"
 
 namespace flash::sm80 {
 

@@ -5,7 +5,7 @@
 
 #include "pieces/head.cuh"
 
-namespace flash {
+namespace flash::sm80 {
 using namespace cute;
 
 // 16 bytes from global to shared memory, bypassing L1; zeros when !valid (then the address is not touched).
@@ -97,4 +97,4 @@ struct TileCopy {
   }
 };
 
-}  // namespace flash
+}  // namespace flash::sm80

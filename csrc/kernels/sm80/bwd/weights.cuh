@@ -1,7 +1,7 @@
 #pragma once
-// Which weights of P^T are dropped.  Used by: bwd_mainloop.
+// Which weights of P^T are dropped.  Used by: bwd/mainloop.
 #include "pieces/dropout.cuh"
-#include "sm80/bwd_traits.cuh"
+#include "sm80/bwd/traits.cuh"
 
 namespace flash::sm80 {
 

@@ -3,8 +3,8 @@
 #include "common/bwd_preprocess.h"
 #include "pieces/device_info.h"
 #include "pieces/launch.cuh"
-#include "sm80/bwd_kernel.cuh"
-#include "sm80/bwd_postprocess.cuh"
+#include "sm80/bwd/kernel.cuh"
+#include "sm80/bwd/postprocess.cuh"
 
 namespace flash::sm80 {
 

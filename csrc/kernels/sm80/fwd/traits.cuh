@@ -1,10 +1,10 @@
 #pragma once
 // Types of the forward kernel for one head dimension and dtype: MMA, shared memory layouts, operands.
 // "sm80" is the minimum instruction set: mma.sync, ldmatrix, cp.async.
-#include "pieces/gemm.cuh"
-#include "pieces/smem_layout.cuh"
-#include "sm80/mma_atom.cuh"
-#include "tile_config.h"
+#include "sm80/instructions/gemm.cuh"
+#include "sm80/instructions/mma_atom.cuh"
+#include "sm80/instructions/smem_layout.cuh"
+#include "sm80/tile_config.h"
 
 namespace flash::sm80 {
 using namespace cute;

@@ -1,10 +1,10 @@
 #pragma once
 // A query tile's Q, K and V: where they lie in global and in shared memory, and the start of their loads.
-// Used by: fwd_kernel and fwd_mainloop.
-#include "pieces/copy.cuh"
+// Used by: fwd_kernel and fwd/mainloop.
 #include "pieces/features.cuh"
 #include "pieces/head.cuh"
-#include "sm80/fwd_traits.cuh"
+#include "sm80/fwd/traits.cuh"
+#include "sm80/instructions/copy.cuh"
 
 namespace flash::sm80 {
 

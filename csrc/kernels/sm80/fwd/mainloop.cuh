@@ -5,9 +5,10 @@
 #include "pieces/mask.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
-#include "sm80/fwd_loads.cuh"
-#include "sm80/fwd_scores.cuh"
-#include "sm80/fwd_weights.cuh"
+#include "sm80/fwd/loads.cuh"
+#include "sm80/fwd/scores.cuh"
+#include "sm80/fwd/weights.cuh"
+#include "sm80/instructions/fragment.cuh"
 
 namespace flash::sm80 {
 

@@ -1,16 +1,17 @@
 #pragma once
 // The backward algorithm for one key tile: dK and dV of its keys over all query blocks (and query heads) that see them, and
 // its share of dQ.  Used by bwd_kernel.  No product is split between warps along its summation.
-#include "pieces/copy.cuh"
 #include "pieces/dependent.cuh"
-#include "pieces/dq_accum.cuh"
 #include "pieces/features.cuh"
 #include "pieces/head.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/softmax.cuh"
-#include "pieces/store.cuh"
-#include "sm80/bwd_traits.cuh"
-#include "sm80/bwd_weights.cuh"
+#include "sm80/bwd/traits.cuh"
+#include "sm80/bwd/weights.cuh"
+#include "sm80/instructions/copy.cuh"
+#include "sm80/instructions/dq_accum.cuh"
+#include "sm80/instructions/fragment.cuh"
+#include "sm80/instructions/store.cuh"
 
 namespace flash::sm80 {
 

@@ -4,7 +4,7 @@
 
 #include "pieces/device_info.h"
 #include "pieces/launch.cuh"
-#include "sm80/decode_kernel.cuh"
+#include "sm80/decode/kernel.cuh"
 
 namespace flash::sm80 {
 

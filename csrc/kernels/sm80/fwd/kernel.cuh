@@ -4,9 +4,10 @@
 #include "pieces/features.cuh"
 #include "pieces/head.cuh"
 #include "pieces/sequence.cuh"
-#include "pieces/store.cuh"
 #include "pieces/tile_order.cuh"
-#include "sm80/fwd_mainloop.cuh"
+#include "sm80/fwd/mainloop.cuh"
+#include "sm80/instructions/fragment.cuh"
+#include "sm80/instructions/store.cuh"
 
 namespace flash::sm80 {
 

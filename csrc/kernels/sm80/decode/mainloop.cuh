@@ -3,11 +3,11 @@
 // Used by decode_kernel.  Knows nothing of splits.  Narrow tiles: every warp is a group that goes through key tiles of its own
 // without waiting for the others; wide tiles: the thread block is one group.
 #include "pieces/dependent.cuh"
-#include "pieces/fragment.cuh"
 #include "pieces/read_now.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
-#include "sm80/decode_traits.cuh"
+#include "sm80/decode/traits.cuh"
+#include "sm80/instructions/fragment.cuh"
 
 namespace flash::sm80 {
 

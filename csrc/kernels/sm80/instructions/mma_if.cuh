@@ -5,7 +5,7 @@
 
 #include <cute/tensor.hpp>
 
-namespace flash {
+namespace flash::sm80 {
 using namespace cute;
 
 // The row atoms of a product that are worked on; the others keep what they hold.  The same for all lanes of a warp.
@@ -35,4 +35,4 @@ CUTE_DEVICE void mma_if(bool issued, TensorC&& c, TensorA const& a, TensorB cons
 #undef FLASH_MMA_IF
 }
 
-}  // namespace flash
+}  // namespace flash::sm80

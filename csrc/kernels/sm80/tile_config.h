@@ -1,5 +1,5 @@
 #pragma once
-// The tile table: one row per built head dimension.  Read by kernels, host code and tests; measurements in benchmarks/README.md.
+// The tile table of the sm80 kernels: one row per built head dimension.  Read by kernels, host code and tests; measurements in benchmarks/README.md.
 #include "pieces/integers.cuh"
 #include "pieces/level.h"
 
@@ -14,6 +14,8 @@ constexpr int built_head_dim(int head_dim) {
   }
   return 0;
 }
+
+namespace sm80 {
 
 struct FwdTile {
   int block_m, block_n, warps;
@@ -153,4 +155,5 @@ constexpr DecodeTile decode_tile(int head_dim, bool narrow, bool small_smem) {
 
 constexpr bool has_small_bwd_tile(int head_dim) { return head_dim > 128; }
 
+}  // namespace sm80
 }  // namespace flash
