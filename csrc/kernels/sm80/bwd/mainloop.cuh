@@ -26,9 +26,9 @@ struct BwdMainloop {
   using TileSdp = Shape<Int<Traits::kBlockN>, Int<Traits::kSubM>>;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kSubM = Traits::kSubM;
   static constexpr int kRowValues = 2 * kBlockM;  // LSE and delta of a query block
-  // Blocks that cross a window's edge seldom cross both: each is masked by itself, and LSE is read before.  Head dimension 64 spilled.
-  static constexpr bool kByEdge =
-      Visibility<kMask>::kHasLeft && kLevel == Level::kPlain && Traits::kHeadDim == 128;
+  static constexpr BwdForm kForm  = bwd_form(Traits::kHeadDim, kMask, kLevel);
+  // Blocks that cross a window's edge seldom cross both: each is masked by itself, and LSE is read before.
+  static constexpr bool kByEdge = kForm.by_edge;
 
   // Matrices of the key head and of the first query head that shares it.
   struct Operands {
@@ -52,7 +52,7 @@ struct BwdMainloop {
     float* const smem_rows = reinterpret_cast<float*>(smem + Traits::kTileElements);
 
     // Per tile, of the loop: in registers where there are enough, otherwise read from shared memory where it is needed.
-    constexpr bool kKeep   = !bwd_is_general(Traits::kHeadDim, kLevel) && Traits::kHeadDim <= 128;
+    constexpr bool kKeep   = kForm.keeps_tile;
     SavedTile const& saved = *in.saved;
     auto const range       = [&] { return kKeep ? blocks : read_now(saved.blocks); };
     auto const see_now     = [&] { return kKeep ? see : saved.template see<kMask>(); };
@@ -124,11 +124,9 @@ struct BwdMainloop {
       float const* const sRows = smem_rows + stage * kRowValues;
       // Keys beyond seqlen_k are the mask's too: K is zero there, and exp2(0 - LSE) may overflow.
       int const first_key = kKeep ? opaque(col0) : read_now(saved.site.block) * kBlockN;
-      // Queries beyond seqlen_q need no mask, their LSE is +inf and P zero; head dimension 256 masks them all the same, because
-      // the kernel without that test spills.
-      constexpr bool kAskRange = kMask != MaskKind::kNone || Traits::kHeadDim == 256;
-      bool const masked =
-          (kAskRange && range().needs_mask(m_block)) || see_now().seqlen_k - first_key < kBlockN;
+      // Queries beyond seqlen_q need no mask: their LSE is +inf and P zero.
+      bool const masked      = (kForm.asks_range && range().needs_mask(m_block)) ||
+                               see_now().seqlen_k - first_key < kBlockN;
       auto const mod_of_head = [&] { return saved.score_mod(params.problem, head); };
       float const scale_log2 = params.problem.unit.scale_log2;
       typename Traits::MmaSdp mma_sdp;
@@ -164,7 +162,7 @@ struct BwdMainloop {
             if (first_key + kBlockN > look.end_key(row0)) { mask(Constant<Edges::kRight>{}); }
             if (look.first_key(row0 + kSubM - 1) > first_key) { mask(Constant<Edges::kLeft>{}); }
           }
-        } else if constexpr (kLevel != Level::kAll) {
+        } else if constexpr (!kForm.loops_on_mask) {
           if (masked) { mask(Constant<Edges::kBoth>{}); }
         } else {  // a loop, as in the forward pass
           for (int round = opaque(int(masked)); round > 0; --round) {

@@ -151,8 +151,7 @@ struct DecodeEpilogue {
 
   // Merges the parts of the share's rows.  The target may be where one of the parts lies.
   CUTE_DEVICE void merge(PartSource const& source, RowShare share, MergeTarget target) const {
-    // Parts on their way together.
-    constexpr int kAtOnce = Traits::kNarrow && kHeadDim <= 128 ? 16 : 4;
+    constexpr int kAtOnce = Traits::kTile.at_once;
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float4 x[kAtOnce];
     auto const load = [&](int first, int row, int chunk) {

@@ -109,8 +109,8 @@ struct QueryTile {
       CUTE_UNROLL
       for (int c = 0; c < size<1>(o_rows); ++c) { o_rows(r, c) *= scale; }
     }
-    // Chosen, not multiplied: 0 * NaN of a hidden V must not reach such a row.  Softcap's kernels do not ask: one spilled.
-    if (kLevel == Level::kSoftcap || __any_sync(~0u, empty)) {
+    // Chosen, not multiplied: 0 * NaN of a hidden V must not reach such a row.
+    if (!Mainloop::kForm.asks_empty || __any_sync(~0u, empty)) {
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
         CUTE_UNROLL

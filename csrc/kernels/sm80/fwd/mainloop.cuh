@@ -23,13 +23,11 @@ struct FwdMainloop {
   using Element                  = typename Traits::Element;
   using Loads                    = FwdLoads<Traits, kMask>;
   static constexpr bool kHasLeft = Visibility<kMask>::kHasLeft;
-  // Rows of one of the MMA's row atoms.  Half steps (pieces/visibility.cuh) work on one of two; above head dimension 64 they spilled.
+  static constexpr FwdForm kForm = fwd_form(Traits::kTile, Traits::kHeadDim, kMask, kLevel);
+  // Rows of one of the MMA's row atoms.  Half steps (pieces/visibility.cuh) work on one of two.
   static constexpr int kAtomRows = 16 * Traits::kWarps, kAtoms = Traits::kBlockM / kAtomRows;
-  static constexpr bool kHalves =
-      kAtoms == 2 && kMask != MaskKind::kNone && kLevel == Level::kPlain && Traits::kHeadDim <= 64;
-  // Elsewhere a block's products leave out the row atom that does not see it, where that is faster.
-  static constexpr bool kSkips = kHasLeft && kLevel == Level::kPlain && Traits::kHeadDim == 128;
-  static_assert(!kSkips || kAtoms == 2, "each row atom is a half of the tile's rows");
+  static constexpr bool kHalves = kForm.half_steps, kSkips = kForm.skips;
+  static_assert(kAtoms == 2 || !(kHalves || kSkips), "each row atom is a half of the tile's rows");
 
   Loads const loads;
 
@@ -45,9 +43,8 @@ struct FwdMainloop {
     auto copy_k = loads.copy_of(in.k, in.k_row_stride, n_block - 1 - kUpward, in.head_dim, thread);
     auto copy_v = loads.copy_of(in.v, in.v_row_stride, n_block - kUpward, in.head_dim, thread);
     if (kUpward) { copy_k.move_to_last_row(), copy_v.move_to_last_row(); }
-    // Known without windows; with them kept where there is a register for it.
-    constexpr bool kKeep = Traits::kHeadDim <= 96;
-    auto const first     = [&] {
+    constexpr bool kKeep = kForm.keeps_first;
+    auto const first     = [&] {  // known without windows
       if (!kHasLeft) { return 0; }
       return kKeep ? blocks.first : read_now(in.saved->blocks.first);
     };
@@ -323,34 +320,19 @@ struct FwdMainloop {
   static constexpr int kColumns = Traits::kBlockN / 4;  // score columns per thread
   // A k-step of P V: 16 keys, that is two n8 atoms of S with two columns each per thread; one ldmatrix.x4 per 16 of head_dim.
   static constexpr int kStepColumns = 4, kStepParts = Traits::kHeadDim / 16;
-  static constexpr int kEarly = early_steps(Traits::kTile, Traits::kHeadDim, kLevel);
-  static constexpr int kAhead = drawn_ahead(Traits::kTile, Traits::kHeadDim, kLevel);
-  // Whether the first block's softmax shares the loop's instructions: with it 96 and 128 need fewer registers, 256 more.
-  static constexpr bool kFirstInLoop = Traits::kHeadDim == 96 || Traits::kHeadDim == 128;
-  // Whether O gets its registers after the first product, or when the compiler likes; what needs fewer.
-  static constexpr bool kLateO = Traits::kHeadDim != 256 || !kHasLeft || changes_scores(kLevel);
-  // A vote tells the compiler that a condition is the same for all lanes.  It is worth its time, but some kernels spill with it.
+  static constexpr int kEarly = kForm.early, kAhead = kForm.ahead;
+  static constexpr bool kFirstInLoop = kForm.first_in_loop, kLateO = kForm.late_o;
+  static constexpr bool kByEdge = kForm.by_edge, kParks = kForm.parks, kUpward = kForm.upward;
+  static constexpr bool kOneBody  = kForm.one_body;
+  static constexpr bool kBounded  = kForm.bounded && std::is_same_v<Element, cutlass::bfloat16_t>;
+  static constexpr int kPlainPart = kForm.plain_part, kMaskedPart = kForm.masked_part;
+  static constexpr Int<FwdForm::kAnyPart> kAnyPart{};
+  static_assert(kPlainPart < 0 || kAhead == 0, "multiply_scores_watched has nothing beside it");
+  static_assert(!kParks || kSkips, "the steps that skip are those that park");
+  // A vote tells the compiler that a condition is the same for all lanes.
   CUTE_DEVICE static bool agreed(bool condition) {
-    constexpr bool kVotes = Traits::kHeadDim <= 128 && !changes_scores(kLevel);
-    return kVotes ? bool(__any_sync(~0u, condition)) : condition;
+    return kForm.votes ? bool(__any_sync(~0u, condition)) : condition;
   }
-  // Blocks that cross a window's edge seldom cross both: each is masked by itself, by the same instructions.
-  static constexpr bool kByEdge = kHasLeft && kLevel == Level::kPlain;
-  // During masked products, the moving pointers lie in shared memory.
-  static constexpr bool kParks = kSkips;
-  // How copies walk from block to block; the others spilled with it.
-  static constexpr bool kUpward = kLevel == Level::kPlain && !kParks;
-  // The compiler moves tensor core instructions across the barrier, others with each change of the code: of a step's 128 it put 70 to 128
-  // before it, which made windows up to 8 % slower.  There the barrier waits for a part of Q K^T (an ldmatrix.x4 of K and its products),
-  // so that about 106 lie before it, and more in steps with masks.
-  static constexpr bool kPlaced   = kByEdge && Traits::kHeadDim == 64;
-  static constexpr int kPlainPart = kPlaced ? 5 : -1, kMaskedPart = kPlaced ? 11 : -1;
-  static constexpr Int<-1> kAnyPart{};
-  static_assert(!kPlaced || kAhead == 0, "multiply_scores_watched has nothing beside it");
-  // Steps with and without mask share their instructions.
-  static constexpr bool kOneBody = kLevel == Level::kAll;
-  static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&
-                                   std::is_same_v<Element, cutlass::bfloat16_t>;
 };
 
 }  // namespace flash::sm80
