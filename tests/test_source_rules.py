@@ -59,6 +59,11 @@ def head_dim_comparisons(text: str) -> list[str]:
     return re.findall(rf"{found}|\bswitch\s*\([^)]*{name}", code_of(text))
 
 
+def compiler_tricks(text: str) -> list[str]:
+    """What a C++ text does to the compiler alone: empty instructions, promises, numbered barriers."""
+    return re.findall(r'asm\s*(?:volatile)?\s*\(\s*""|__builtin_assume|bar\.sync %', code_of(text))
+
+
 def machine_paths(text: str) -> list[str]:
     """Absolute paths in a text that exist on one machine only."""
     folders = "|".join(("home", "root", "work", "Users", "mnt", "scratch"))
@@ -77,6 +82,8 @@ def test_rules_see_what_they_are_for() -> None:
     assert head_dim_comparisons("128 == Traits::kHeadDim") and head_dim_comparisons("head_dim>96")
     assert head_dim_comparisons("switch (Traits::kHeadDim) {")
     assert not head_dim_comparisons("column < problem.head_dim; kHeadDim / 16 // kHeadDim == 64")
+    assert compiler_tricks('asm volatile("" : "+r"(x));') and compiler_tricks("__builtin_assume(x)")
+    assert not compiler_tricks('asm volatile("ldmatrix %0" : "=r"(x)); // asm("")')
     # Written in parts, so that this file follows the rule.
     assert machine_paths("see " + "/home" + "/someone/x") and machine_paths("'" + "/root" + "/x'")
     assert not machine_paths("csrc/torch/work/x https://x.org/home/y")
@@ -92,6 +99,11 @@ def test_only_csrc_torch_includes_torch(path: Path) -> None:
 def test_kernels_and_seam_are_below_the_host(path: Path) -> None:
     if path.is_relative_to(ROOT / "csrc" / "kernels") or path.name == "flash.h":
         assert not re.findall(r'#include\s*"((?:host|torch)/[^"]+)"', path.read_text())
+
+
+@pytest.mark.parametrize("path", CPP, ids=_id)
+def test_tricks_on_the_compiler_stand_in_one_file(path: Path) -> None:
+    assert path.name == "compiler.cuh" or not compiler_tricks(path.read_text())
 
 
 ISA = [p for p in CPP if re.search(r"/kernels/sm\d+/", p.as_posix())]

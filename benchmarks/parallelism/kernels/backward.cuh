@@ -5,7 +5,8 @@
 // Invariant: every row of dk and dv is written exactly once; dq_accum holds sums in the coordinates of MmaDq.
 #include "backward_traits.cuh"
 #include "calls.h"
-#include "pieces/head.cuh"
+#include "pieces/address.cuh"
+#include "pieces/compiler.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/numeric.cuh"
 #include "sm80/instructions/copy.cuh"

@@ -6,6 +6,7 @@
 #include "sm80/fwd/traits.cuh"
 #include "thread_again.cuh"
 // After thread_again.cuh.
+#include "pieces/compiler.cuh"
 #include "sm80/fwd/kernel.cuh"
 
 namespace parallelism {

@@ -4,7 +4,8 @@
 // Used by the units keys_outside_*.  Grid (batch, heads, splits): block s owns the query blocks s, s + splits, ...
 // Invariant: a partial result is read and written by one thread block only.
 #include "calls.h"
-#include "pieces/head.cuh"
+#include "pieces/address.cuh"
+#include "pieces/compiler.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/softmax.cuh"
 #include "sm80/fwd/traits.cuh"

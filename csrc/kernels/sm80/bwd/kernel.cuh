@@ -1,8 +1,8 @@
 #pragma once
 // Backward kernel: one thread block per (key block, key head, batch), in the order of TileOrder.
 // Invariant: every row of dk and dv below seqlen_k is written exactly once, summed over the query heads of its group.
+#include "pieces/address.cuh"
 #include "pieces/features.cuh"
-#include "pieces/head.cuh"
 #include "pieces/tile_order.cuh"
 #include "sm80/bwd/mainloop.cuh"
 #include "sm80/instructions/store.cuh"

@@ -1,9 +1,10 @@
 #pragma once
 // The backward algorithm for one key tile: dK and dV of its keys over all query blocks (and query heads) that see them, and
 // its share of dQ.  Used by bwd_kernel.  No product is split between warps along its summation.
+#include "pieces/address.cuh"
+#include "pieces/compiler.cuh"
 #include "pieces/dependent.cuh"
 #include "pieces/features.cuh"
-#include "pieces/head.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/softmax.cuh"
 #include "sm80/bwd/traits.cuh"

@@ -1,8 +1,8 @@
 #pragma once
 // dQ from its fp32 sum: scaled, rounded, in rows again.  One thread block per (query block, query head, batch).
 // It shares the main kernel's MmaDq, in whose coordinates the sum lies: that is why it is not a kernel of its own unit.
+#include "pieces/address.cuh"
 #include "pieces/dependent.cuh"
-#include "pieces/head.cuh"
 #include "pieces/sequence.cuh"
 #include "sm80/bwd/traits.cuh"
 #include "sm80/instructions/fragment.cuh"

@@ -1,6 +1,7 @@
 #pragma once
 // Epilogue of the decoding kernel: results of parts of a query tile's keys are merged, in a thread block, in a cluster and over the grid.
 // Used by decode_kernel.  Knows parts and slots, not who works on what.
+#include "pieces/address.cuh"
 #include "pieces/cluster.cuh"
 #include "pieces/merge.cuh"
 #include "sm80/decode/mainloop.cuh"

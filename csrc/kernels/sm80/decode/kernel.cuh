@@ -2,6 +2,8 @@
 // Decoding kernel: attention of few queries to a cache, the keys divided among thread blocks.
 // Invariant: every row of out and lse is written exactly once, by the thread block that has all of its query tile's keys, by the last
 // one of those that share them to finish, or by the one of a cluster that merges this row.
+#include "pieces/address.cuh"
+#include "pieces/compiler.cuh"
 #include "pieces/dependent.cuh"
 #include "sm80/decode/epilogue.cuh"
 #include "sm80/decode/schedule.cuh"
@@ -27,19 +29,6 @@ CUTE_DEVICE void clear_tail(DecodeParams const& params) {
   }
 }
 
-// Brings the parameters into the constant cache while the kernel before ends.
-template <class Params>
-CUTE_DEVICE void touch(Params const& params) {
-  constexpr int kLineInts = 16;
-  int sum                 = 0;
-  CUTE_UNROLL
-  for (int i = 0; i < int(sizeof(Params) / sizeof(int)); i += kLineInts) {
-    sum += reinterpret_cast<int const*>(&params)[i];
-  }
-  // An instruction that the assembler cannot leave out, unlike the sum alone.
-  asm volatile("{ .reg .pred p; setp.eq.s32 p, %0, -1; @p nanosleep.u32 0; }" ::"r"(sum));
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     decode_kernel(__grid_constant__ DecodeParams const params) {
@@ -51,7 +40,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   __shared__ typename DecodeMainloop<Traits>::Row rows[Traits::kBlockM];
 
   let_next_kernel_start();
-  touch(params);
+  touch(params);  // they come into the constant cache while the kernel before ends
   int const group  = threadIdx.x / Traits::kGroupThreads;
   int const thread = threadIdx.x % Traits::kGroupThreads;
   typename Traits::TiledMma mma;

@@ -2,8 +2,9 @@
 // The decoding algorithm for one query tile and a run of its key tiles: O, and the state of each row's softmax.
 // Used by decode_kernel.  Knows nothing of splits.  Narrow tiles: every warp is a group that goes through key tiles of its own
 // without waiting for the others; wide tiles: the thread block is one group.
+#include "pieces/address.cuh"
+#include "pieces/compiler.cuh"
 #include "pieces/dependent.cuh"
-#include "pieces/read_now.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
 #include "sm80/decode/traits.cuh"
@@ -192,9 +193,8 @@ struct DecodeMainloop {
                         float(sequence.pad + query + see.shift())};
   }
   CUTE_DEVICE static Row row_now(Row const* rows, int thread, int r) {
-    int const& field = rows[fragment_row(thread) + 8 * r].first;
-    return {read_now(field), read_now(*(&field + 1)), __int_as_float(read_now(*(&field + 2))),
-            __int_as_float(read_now(*(&field + 3)))};
+    Row const& row = rows[fragment_row(thread) + 8 * r];
+    return {read_now(row.first), read_now(row.end), read_now(row.slope), read_now(row.position)};
   }
 
   // f(row, its score, row of the cache)

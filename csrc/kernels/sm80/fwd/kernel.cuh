@@ -1,8 +1,9 @@
 #pragma once
 // Forward kernel: one thread block per (query block, head, batch), in the order of TileOrder.
 // Invariant: every row of out and lse below seqlen_q is written exactly once.
+#include "pieces/address.cuh"
+#include "pieces/compiler.cuh"
 #include "pieces/features.cuh"
-#include "pieces/head.cuh"
 #include "pieces/sequence.cuh"
 #include "pieces/tile_order.cuh"
 #include "sm80/fwd/mainloop.cuh"

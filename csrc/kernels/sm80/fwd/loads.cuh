@@ -1,8 +1,8 @@
 #pragma once
 // A query tile's Q, K and V: where they lie in global and in shared memory, and the start of their loads.
 // Used by: fwd_kernel and fwd/mainloop.
+#include "pieces/compiler.cuh"
 #include "pieces/features.cuh"
-#include "pieces/head.cuh"
 #include "sm80/fwd/traits.cuh"
 #include "sm80/instructions/copy.cuh"
 
@@ -27,7 +27,7 @@ struct FwdLoads {
   };
 
   Element* const smem;
-  int zero;  // 0 without dropout, unknown to the compiler (barrier_after); a field of Tile, it made other kernels spill
+  int zero;  // 0 without dropout, which the compiler must not know (barrier_after).  In Tile, it made other kernels spill.
 
   // Starts the loads of a tile's Q, last two K and last V.
   CUTE_DEVICE void start(Tile const& tile) const {

@@ -1,7 +1,7 @@
 #pragma once
 // The forward algorithm for one query tile: O = softmax(scale Q K^T) V over the key blocks that the tile sees.
 // Used by fwd_kernel.  Knows nothing of the grid.  Key blocks run right to left: the diagonal and the ragged end come first.
-#include "pieces/head.cuh"
+#include "pieces/compiler.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
@@ -242,7 +242,7 @@ struct FwdMainloop {
     if (kBounded && softmax.is_bounded()) { softmax.start_bounded(); }
     // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
     AtomEdges edges;
-    if (kHalves && agreed(read_now(in.saved->half_steps.begins))) {
+    if (kHalves && same_for_lanes<kForm.votes>(read_now(in.saved->half_steps.begins))) {
       edges = look_up(Lower{}, n_block);
       multiply_scores<Traits>(Lower{}, tSrS, tSrQ, sQ, loads.k(stage), thread, active(),
                               beside_scores);
@@ -286,7 +286,7 @@ struct FwdMainloop {
       if constexpr (!kFirstInLoop) { softmax_phase(true_type{}, All{}, edges); }
       while (kFirstInLoop || n_block > first()) {
         if constexpr (!kFirstInLoop) { product_phase(All{}, All{}, active, kAnyPart); }
-        if (agreed(read_now(in.saved->blocks).needs_mask(n_block))) {
+        if (same_for_lanes<kForm.votes>(read_now(in.saved->blocks).needs_mask(n_block))) {
           softmax_phase(true_type{}, All{}, edges);
         } else {
           softmax_phase(false_type{}, All{}, edges);
@@ -329,10 +329,6 @@ struct FwdMainloop {
   static constexpr Int<FwdForm::kAnyPart> kAnyPart{};
   static_assert(kPlainPart < 0 || kAhead == 0, "multiply_scores_watched has nothing beside it");
   static_assert(!kParks || kSkips, "the steps that skip are those that park");
-  // A vote tells the compiler that a condition is the same for all lanes.
-  CUTE_DEVICE static bool agreed(bool condition) {
-    return kForm.votes ? bool(__any_sync(~0u, condition)) : condition;
-  }
 };
 
 }  // namespace flash::sm80

@@ -1,6 +1,6 @@
 #pragma once
-// S = Q K^T of one key block, and what its masks' loops need.  Used by: fwd/mainloop.
-#include "pieces/head.cuh"
+// S = Q K^T of one key block, for its own sake or watched.  Used by: fwd/mainloop.
+#include "pieces/compiler.cuh"
 #include "sm80/fwd/traits.cuh"
 #include "sm80/instructions/gemm.cuh"
 
@@ -39,19 +39,5 @@ CUTE_DEVICE int multiply_scores_watched(Atoms atoms, TensorS& tSrS, TensorRQ& tS
   });
   return bits;
 }
-
-// The shuffle returns the thread's own index.  Unlike the index it cannot be moved out of a loop, where what follows from it would
-// be kept for the mask and spilled.
-CUTE_DEVICE int fixed_in_loop(int lane) { return as_index(__shfl_sync(~0u, lane, lane % 32)); }
-
-// __syncthreads() that waits for a score's bits: the barrier's number depends on them.  zero: 0, which the compiler must not know.
-CUTE_DEVICE void barrier_after(int score, int zero) {
-  asm volatile("bar.sync %0;" ::"r"(score & zero) : "memory");
-}
-
-// Rounds of a loop that is run or not: known to the compiler, or only when the program runs.
-CUTE_DEVICE constexpr int run_time_flag(true_type) { return 1; }
-CUTE_DEVICE constexpr int run_time_flag(false_type) { return 0; }
-CUTE_DEVICE int run_time_flag(bool flag) { return opaque(int(flag)); }
 
 }  // namespace flash::sm80

@@ -3,7 +3,7 @@
 // Used by: every main loop.  Invariant: rows >= rows_left and columns >= head_dim arrive as zeros and are never read.
 #include <cute/tensor.hpp>
 
-#include "pieces/head.cuh"
+#include "pieces/compiler.cuh"
 
 namespace flash::sm80 {
 using namespace cute;
@@ -70,8 +70,7 @@ struct TileCopy {
           cp_async_16(target + i * kRowStep * kAtomColumns + j * kRows * kAtomColumns,
                       next + j * kAtomColumns, j * kAtomColumns < columns);
         }
-        // Written out: the compiler would keep the offsets of all rows in registers.
-        asm("add.s64 %0, %0, %1;" : "+l"(next) : "l"(step));
+        advance_now(next, step);
       }
     }
   }

@@ -46,17 +46,4 @@ struct RowAtoms {
   }
 };
 
-// Zeros; kNow: that have no registers before this.
-template <bool kNow, class TensorR>
-CUTE_DEVICE void clear_now(TensorR& tensor) {
-  CUTE_UNROLL
-  for (int i = 0; i < size(tensor); ++i) {
-    if constexpr (kNow) {
-      asm volatile("mov.b32 %0, 0;" : "=f"(tensor(i)));
-    } else {
-      tensor(i) = 0.f;
-    }
-  }
-}
-
 }  // namespace flash::sm80
