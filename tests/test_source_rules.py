@@ -52,6 +52,18 @@ def has_device_instructions(text: str) -> bool:
     return re.search(pattern, code_of(text)) is not None
 
 
+def head_dim_comparisons(text: str) -> list[str]:
+    """Comparisons of a head dimension with a number in a C++ text."""
+    name, sign, number = r"(?:k?HeadDim|head_dim)\w*", r"(?:[<>]=?|[=!]=)", r"\d+\b"
+    found = rf"\b{name}\s*{sign}\s*{number}|\b{number}\s*{sign}\s*(?:\w+::)*{name}"
+    return re.findall(rf"{found}|\bswitch\s*\([^)]*{name}", code_of(text))
+
+
+def compiler_tricks(text: str) -> list[str]:
+    """What a C++ text does to the compiler alone: empty instructions, promises, numbered barriers."""
+    return re.findall(r'asm\s*(?:volatile)?\s*\(\s*""|__builtin_assume|bar\.sync %', code_of(text))
+
+
 def machine_paths(text: str) -> list[str]:
     """Absolute paths in a text that exist on one machine only."""
     folders = "|".join(("home", "root", "work", "Users", "mnt", "scratch"))
@@ -66,6 +78,12 @@ def test_rules_see_what_they_are_for() -> None:
     assert has_device_instructions("kernel<<<1, 32>>>();")
     assert has_device_instructions("__shfl_xor_sync(~0u, x, 2)")
     assert not has_device_instructions("// threadIdx\nint tile = block / heads;")
+    assert head_dim_comparisons("if (Traits::kHeadDim <= 64) {") == ["kHeadDim <= 64"]
+    assert head_dim_comparisons("128 == Traits::kHeadDim") and head_dim_comparisons("head_dim>96")
+    assert head_dim_comparisons("switch (Traits::kHeadDim) {")
+    assert not head_dim_comparisons("column < problem.head_dim; kHeadDim / 16 // kHeadDim == 64")
+    assert compiler_tricks('asm volatile("" : "+r"(x));') and compiler_tricks("__builtin_assume(x)")
+    assert not compiler_tricks('asm volatile("ldmatrix %0" : "=r"(x)); // asm("")')
     # Written in parts, so that this file follows the rule.
     assert machine_paths("see " + "/home" + "/someone/x") and machine_paths("'" + "/root" + "/x'")
     assert not machine_paths("csrc/torch/work/x https://x.org/home/y")
@@ -81,6 +99,19 @@ def test_only_csrc_torch_includes_torch(path: Path) -> None:
 def test_kernels_and_seam_are_below_the_host(path: Path) -> None:
     if path.is_relative_to(ROOT / "csrc" / "kernels") or path.name == "flash.h":
         assert not re.findall(r'#include\s*"((?:host|torch)/[^"]+)"', path.read_text())
+
+
+@pytest.mark.parametrize("path", CPP, ids=_id)
+def test_tricks_on_the_compiler_stand_in_one_file(path: Path) -> None:
+    assert path.name == "compiler.cuh" or not compiler_tricks(path.read_text())
+
+
+ISA = [p for p in CPP if re.search(r"/kernels/sm\d+/", p.as_posix())]
+
+
+@pytest.mark.parametrize("path", ISA, ids=_id)
+def test_choices_by_head_dimension_stand_in_the_tile_table(path: Path) -> None:
+    assert path.name == "tile_config.h" or not head_dim_comparisons(path.read_text())
 
 
 @pytest.mark.parametrize("path", CPP, ids=_id)
@@ -103,7 +134,7 @@ def test_no_machine_paths() -> None:
     assert not {name: paths for name, paths in found.items() if paths}
 
 
-HEADERS = [p for p in CPP if p.suffix == ".cuh" and p.parent.name == "pieces"]
+HEADERS = [p for p in CPP if p.suffix == ".cuh" and p.parent.name in {"pieces", "instructions"}]
 HEADERS += [p for p in CPP if p.suffix == ".h"]
 
 

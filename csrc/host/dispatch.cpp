@@ -5,7 +5,7 @@
 
 #include "flash.h"
 #include "host/registry.h"
-#include "kernels/tile_config.h"
+#include "kernels/sm80/tile_config.h"
 #include "pieces/device_info.h"
 #include "pieces/level.h"
 #include "pieces/sequence.cuh"
@@ -90,20 +90,20 @@ Status launch_decode(DecodeParams const& params, cudaStream_t stream) {
 }
 
 BwdPlan plan_bwd(Problem const& problem) {
-  bool const small_smem = kSmallTiles && has_small_smem();  // as in sm80/bwd_launch.cuh
-  int const head_dim    = built_head_dim(problem.head_dim);
-  BwdTile const tile    = bwd_is_general(head_dim, level_of(problem))
-                              ? general_bwd_tile(head_dim, small_smem)
-                              : bwd_tile(head_dim, small_smem);
+  bool const small_smem    = kSmallTiles && has_small_smem();  // as in sm80/bwd/launch.cuh
+  int const head_dim       = built_head_dim(problem.head_dim);
+  sm80::BwdTile const tile = sm80::bwd_is_general(head_dim, level_of(problem))
+                                 ? sm80::general_bwd_tile(head_dim, small_smem)
+                                 : sm80::bwd_tile(head_dim, small_smem);
   int64_t const blocks = query_block_count(problem, tile.block_m), rows = blocks * tile.block_m;
   return {rows * head_dim, 2 * rows, blocks};
 }
 
 DecodePlan plan_decode(Problem const& problem, KvCache const& cache, int num_splits) {
   int const group = problem.heads_q / problem.heads_kv, rows = problem.seqlen_q * group;
-  bool const narrow = rows <= kNarrowRows;
-  DecodeTile const tile =
-      decode_tile(built_head_dim(problem.head_dim), narrow, kSmallTiles && has_small_smem());
+  bool const narrow = rows <= sm80::kNarrowRows;
+  sm80::DecodeTile const tile =
+      sm80::decode_tile(built_head_dim(problem.head_dim), narrow, kSmallTiles && has_small_smem());
   // At least one query tile: its thread block clears rows of q that belong to no sequence.
   int64_t const items =
       int64_t(problem.batch) * problem.heads_kv * ceil_div(max_of(rows, 1), tile.block_m());

@@ -32,7 +32,7 @@ def unit_source(unit: Unit, small_tiles: bool) -> str:
         arguments += ", true" if small_tiles else ", false"
     return f"""\
 {_MARK}{unit.family}, {unit.isa}, head_dim {unit.head_dim}, {unit.dtype}.
-#include "{unit.isa}/{unit.family}_launch.cuh"
+#include "{unit.isa}/{unit.family}/launch.cuh"
 
 namespace flash::{unit.isa} {{
 cudaError_t {unit.symbol}({params} const& params, cudaStream_t stream) {{

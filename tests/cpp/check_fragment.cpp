@@ -1,11 +1,11 @@
-// Check of pieces/fragment.cuh: the (rows, columns) view of an accumulator, and accumulators reused as A operands.
+// Check of sm80/instructions/fragment.cuh: the (rows, columns) view of an accumulator, and accumulators reused as A operands.
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
 #include "check.h"
-#include "pieces/fragment.cuh"
+#include "sm80/instructions/fragment.cuh"
 
-using namespace flash;
+using namespace flash::sm80;
 using check::expect;
 
 using Atom = MMA_Atom<SM80_16x8x16_F32BF16BF16F32_TN>;

@@ -5,13 +5,14 @@
 // Invariant: every row of dk and dv is written exactly once; dq_accum holds sums in the coordinates of MmaDq.
 #include "backward_traits.cuh"
 #include "calls.h"
-#include "pieces/copy.cuh"
-#include "pieces/dq_accum.cuh"
-#include "pieces/fragment.cuh"
-#include "pieces/head.cuh"
+#include "pieces/address.cuh"
+#include "pieces/compiler.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/numeric.cuh"
-#include "pieces/store.cuh"
+#include "sm80/instructions/copy.cuh"
+#include "sm80/instructions/dq_accum.cuh"
+#include "sm80/instructions/fragment.cuh"
+#include "sm80/instructions/store.cuh"
 
 namespace parallelism {
 
@@ -256,7 +257,7 @@ struct Backward {
     for (int m_block = range.first; m_block < range.end; ++m_block) {
       int const thread = opaque(int(threadIdx.x));
       if constexpr (Traits::kAsync) {
-        flash::cp_async_wait<0>();
+        flash::sm80::cp_async_wait<0>();
         __syncthreads();  // PROTECTS: this stage has arrived; all warps are done with the other stage and with dS^T.
         if (m_block + 1 < range.end) {
           load_queries(params, where, memory, stage ^ 1, m_block + 1);

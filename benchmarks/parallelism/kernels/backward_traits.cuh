@@ -1,14 +1,15 @@
 #pragma once
 // Types of the backward kernel that is taken apart: tile shape, split of dQ between warps, kind of copies.
-// Used by backward.cuh.  The products are those of sm80/bwd_traits.cuh; here warps lie along the keys in all but dQ, so that P^T and
+// Used by backward.cuh.  The products are those of sm80/bwd/traits.cuh; here warps lie along the keys in all but dQ, so that P^T and
 // dS^T stay in registers for dV and dK whatever the tile.
-#include "pieces/gemm.cuh"
-#include "pieces/smem_layout.cuh"
-#include "sm80/mma_atom.cuh"
+#include "sm80/instructions/gemm.cuh"
+#include "sm80/instructions/mma_atom.cuh"
+#include "sm80/instructions/smem_layout.cuh"
 
 namespace parallelism {
 using namespace cute;
 using namespace flash;
+using namespace flash::sm80;
 
 // kDqWarps: along the queries in dQ (the others go along the head dimension); unused with kSplitK.
 template <int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kDqWarps, bool kSplitK_,
@@ -26,8 +27,8 @@ struct BackwardTraits {
   static_assert(kBlockM % kSubM == 0 && kSubM % 16 == 0, "whole parts");
 
   template <int kWarpsM, int kWarpsN, int kTileN>
-  using Mma = TiledMMA<flash::sm80::MmaAtom<Element>, Layout<Shape<Int<kWarpsM>, Int<kWarpsN>, _1>>,
-                       Tile<Int<16 * kWarpsM>, Int<kTileN>, _16>>;
+  using Mma     = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarpsM>, Int<kWarpsN>, _1>>,
+                           Tile<Int<16 * kWarpsM>, Int<kTileN>, _16>>;
   using MmaKeys = Mma<kWarps, 1, 16>;  // S^T, dP^T, dV, dK
 
   // dQ: either the warps share its rows and columns, or each has all of its rows for its own keys.

@@ -3,10 +3,11 @@
 // Used by the units mapping_*.  What they do for a tile is the extension's own QueryTile.
 #include "calls.h"
 #include "pieces/tile_order.cuh"
-#include "sm80/fwd_traits.cuh"
+#include "sm80/fwd/traits.cuh"
 #include "thread_again.cuh"
 // After thread_again.cuh.
-#include "sm80/fwd_kernel.cuh"
+#include "pieces/compiler.cuh"
+#include "sm80/fwd/kernel.cuh"
 
 namespace parallelism {
 using namespace flash;

@@ -4,12 +4,14 @@
 // Used by the units keys_outside_*.  Grid (batch, heads, splits): block s owns the query blocks s, s + splits, ...
 // Invariant: a partial result is read and written by one thread block only.
 #include "calls.h"
-#include "pieces/copy.cuh"
-#include "pieces/head.cuh"
+#include "pieces/address.cuh"
+#include "pieces/compiler.cuh"
 #include "pieces/mask.cuh"
 #include "pieces/softmax.cuh"
-#include "pieces/store.cuh"
-#include "sm80/fwd_traits.cuh"
+#include "sm80/fwd/traits.cuh"
+#include "sm80/instructions/copy.cuh"
+#include "sm80/instructions/fragment.cuh"
+#include "sm80/instructions/store.cuh"
 
 namespace parallelism {
 using namespace flash;
@@ -179,7 +181,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     load_q(m_block, 0);
     cp_async_commit();
     for (int stage = 0; m_block < m_blocks; m_block += splits, stage ^= 1) {
-      flash::cp_async_wait<0>();
+      flash::sm80::cp_async_wait<0>();
       __syncthreads();  // PROTECTS: this Q has arrived; all warps are done with the other stage.
       if (m_block + splits < m_blocks) { load_q(m_block + splits, stage ^ 1); }
       cp_async_commit();

@@ -4,9 +4,9 @@
 #include "common/bwd_preprocess.h"
 #include "pieces/device_info.h"
 #include "pieces/launch.cuh"
-#include "sm80/bwd_kernel.cuh"
-#include "sm80/bwd_postprocess.cuh"
-#include "sm80/fwd_kernel.cuh"
+#include "sm80/bwd/kernel.cuh"
+#include "sm80/bwd/postprocess.cuh"
+#include "sm80/fwd/kernel.cuh"
 
 namespace parallelism {
 using namespace flash;

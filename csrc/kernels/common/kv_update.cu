@@ -5,7 +5,7 @@
 
 #include "pieces/dependent.cuh"
 #include "pieces/device_info.h"
-#include "pieces/head.cuh"
+#include "pieces/address.cuh"
 #include "pieces/kv_cache.cuh"
 #include "pieces/launch.cuh"
 

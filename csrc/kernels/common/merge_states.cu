@@ -2,7 +2,7 @@
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
 
-#include "pieces/head.cuh"
+#include "pieces/address.cuh"
 #include "pieces/launch.cuh"
 #include "pieces/merge.cuh"
 

@@ -1,6 +1,6 @@
 #pragma once
 // Which attention weights are dropped: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"), 16 bits per weight.
-// Used by: fwd_mainloop, bwd_mainloop, attn_probs.cu and the tests.  The bits of a weight depend on (seed, offset) and on its absolute
+// Used by: fwd/mainloop, bwd/mainloop, attn_probs.cu and the tests.  The bits of a weight depend on (seed, offset) and on its absolute
 // (batch, head, row, column): on no tile size and no warp layout.
 //
 //   key      (lo(seed), hi(seed) ^ hi(offset))

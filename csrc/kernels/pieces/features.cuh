@@ -1,8 +1,8 @@
 #pragma once
 // What a tile's kernel carries beside the plain product of softmax and V, and where it is kept.
 // Used by: forward and backward kernels.
+#include "pieces/compiler.cuh"
 #include "pieces/dropout.cuh"
-#include "pieces/read_now.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/sequence.cuh"
 #include "pieces/visibility.cuh"

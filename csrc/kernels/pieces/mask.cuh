@@ -1,6 +1,6 @@
 #pragma once
 // Writes -inf over the scores that a query may not see.
-// Used by: fwd_mainloop (S, queries down) and bwd_mainloop (S^T, keys down).  Knows nothing about softmax.
+// Used by: fwd/mainloop (S, queries down) and bwd/mainloop (S^T, keys down).  Knows nothing about softmax.
 #include <cute/tensor.hpp>
 
 #include "pieces/visibility.cuh"

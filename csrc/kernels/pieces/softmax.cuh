@@ -1,8 +1,7 @@
 #pragma once
 // Running softmax of one query tile: reference maximum and sum per row, in base 2 with the scale folded into the exponent.
-// Used by: fwd_mainloop.  Knows nothing of masks: hidden scores arrive as -inf.
+// Used by: fwd/mainloop.  Knows nothing of masks: hidden scores arrive as -inf.
 // Invariant: after step(), O and row_sum are relative to the same row_ref.
-#include "pieces/fragment.cuh"
 #include "pieces/numeric.cuh"
 
 namespace flash {

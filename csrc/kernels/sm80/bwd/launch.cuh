@@ -1,0 +1,74 @@
+#pragma once
+// Backward launch: preprocess, main kernel by mask, conversion of dQ.
+#include "common/bwd_preprocess.h"
+#include "pieces/device_info.h"
+#include "pieces/launch.cuh"
+#include "sm80/bwd/kernel.cuh"
+#include "sm80/bwd/postprocess.cuh"
+
+namespace flash::sm80 {
+
+// Traits of the kernel that converts dQ: the general one's only where its workspace lies differently.
+template <class Traits, class General>
+constexpr bool kSameDq =
+    Traits::kBlockM == General::kBlockM && Traits::kThreads == General::kThreads &&
+    std::is_same_v<typename Traits::MmaDq, typename General::MmaDq>;
+
+template <class Traits, class DqTraits, class Kernel>
+cudaError_t launch_bwd_kernels(BwdParams const& params, Kernel kernel, cudaStream_t stream) {
+  using Element          = typename Traits::Element;
+  Problem const& problem = params.problem;
+  bool const ragged      = problem.cu_seqlens_q != nullptr;
+  cudaError_t status     = launch_bwd_preprocess(params, Traits::kBlockM, Traits::kHeadDim, stream);
+  if (status != cudaSuccess) { return status; }
+
+  int64_t const blocks = ragged ? slot_count(problem.total_k, problem.batch, Traits::kBlockN)
+                                : ceil_div(problem.seqlen_k, Traits::kBlockN);
+  if (blocks * problem.heads_kv > INT32_MAX) { return cudaErrorInvalidConfiguration; }
+  int const group   = problem.heads_q / problem.heads_kv;
+  bool const window = !ragged && problem.mask == MaskKind::kLocal;
+  // Q, dO (16 bits) and dQ (fp32) of a group's query heads stay in L2 while its key blocks run.
+  int64_t const query_bytes = int64_t(8) * problem.seqlen_q * problem.head_dim * group;
+  TileOrder const order =
+      make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_kv,
+                      heads_in_l2(query_bytes), ragged || problem.mask != MaskKind::kNone, group,
+                      window ? short_blocks(problem.window_left, Traits::kBlockN, int(blocks)) : 0);
+  // Inputs may be read before the wait: the preprocess, an ordinary launch, began after the kernels that made them had ended.
+  Start const start = has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
+  status = launch_tiles(start, kernel, Grid{order.size()}, Traits::kThreads, Traits::kSmemBytes,
+                        stream, params, order);
+  if (status != cudaSuccess) { return status; }
+
+  constexpr int kDqBytes = Traits::TileQ::kSize * int(sizeof(Element));
+  return launch_tiles(start, &bwd_postprocess_kernel<DqTraits>,
+                      Grid{query_block_count(problem, Traits::kBlockM)}, Traits::kThreads, kDqBytes,
+                      stream, params);
+}
+
+template <class Traits, class General>
+cudaError_t launch_bwd_variant(BwdParams const& params, cudaStream_t stream) {
+  using GeneralDq    = std::conditional_t<kSameDq<Traits, General>, Traits, General>;
+  cudaError_t status = cudaSuccess;
+  choose_kernel(params.problem, [&](auto mask, auto level) {
+    constexpr bool kGeneral = bwd_is_general(Traits::kHeadDim, level);
+    using Chosen            = std::conditional_t<kGeneral, General, Traits>;
+    using ChosenDq          = std::conditional_t<kGeneral, GeneralDq, Traits>;
+    status = launch_bwd_kernels<Chosen, ChosenDq>(params, &bwd_kernel<Chosen, mask, level>, stream);
+  });
+  return status;
+}
+
+// kSmallTiles: this build is also for GPUs whose thread blocks get less shared memory than sm_90's.
+template <int kHeadDim, class Element, bool kSmallTiles>
+cudaError_t launch_bwd(BwdParams const& params, cudaStream_t stream) {
+  if constexpr (kSmallTiles && has_small_bwd_tile(kHeadDim)) {
+    if (has_small_smem()) {
+      return launch_bwd_variant<BwdTraits<kHeadDim, Element, true>,
+                                BwdTraits<kHeadDim, Element, true, true>>(params, stream);
+    }
+  }
+  return launch_bwd_variant<BwdTraits<kHeadDim, Element>,
+                            BwdTraits<kHeadDim, Element, false, true>>(params, stream);
+}
+
+}  // namespace flash::sm80

@@ -1,0 +1,357 @@
+#pragma once
+// The backward algorithm for one key tile: dK and dV of its keys over all query blocks (and query heads) that see them, and
+// its share of dQ.  Used by bwd_kernel.  No product is split between warps along its summation.
+#include "pieces/address.cuh"
+#include "pieces/compiler.cuh"
+#include "pieces/dependent.cuh"
+#include "pieces/features.cuh"
+#include "pieces/mask.cuh"
+#include "pieces/softmax.cuh"
+#include "sm80/bwd/traits.cuh"
+#include "sm80/bwd/weights.cuh"
+#include "sm80/instructions/copy.cuh"
+#include "sm80/instructions/dq_accum.cuh"
+#include "sm80/instructions/fragment.cuh"
+#include "sm80/instructions/store.cuh"
+
+namespace flash::sm80 {
+
+template <class Traits, MaskKind kMask, Level kLevel>
+struct BwdMainloop {
+  using Element = typename Traits::Element;
+  using TileQ   = typename Traits::TileQ;
+  using TileK   = typename Traits::TileK;
+  using TileS   = typename Traits::TileS;
+  using CopyQ   = TileCopy<Element, Traits::kBlockM, Traits::kHeadDim, Traits::kThreads>;
+  using CopyK   = TileCopy<Element, Traits::kBlockN, Traits::kHeadDim, Traits::kThreads>;
+  using TileSdp = Shape<Int<Traits::kBlockN>, Int<Traits::kSubM>>;
+  static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kSubM = Traits::kSubM;
+  static constexpr int kRowValues = 2 * kBlockM;  // LSE and delta of a query block
+  static constexpr BwdForm kForm  = bwd_form(Traits::kHeadDim, kMask, kLevel);
+  // Blocks that cross a window's edge seldom cross both: each is masked by itself, and LSE is read before.
+  static constexpr bool kByEdge = kForm.by_edge;
+
+  // Matrices of the key head and of the first query head that shares it.
+  struct Operands {
+    Element const *q, *dout, *k, *v;
+    SavedTile const* saved;  // in shared memory; its random bits are the first query head's
+  };
+
+  // dK is still to be multiplied by softmax_scale.  blocks must not be empty.
+  template <class TensorK>
+  CUTE_DEVICE static void run(BwdParams const& params, Operands const& in,
+                              Visibility<kMask> const& see, BlockRange const& blocks, int n_block,
+                              Element* smem, TensorK& tdKrdK, TensorK& tdVrdV) {
+    int const thread = threadIdx.x, col0 = n_block * kBlockN, head_dim = params.problem.head_dim;
+    int const keys_left    = see.seqlen_k - col0;
+    auto sK                = TileK::tensor(smem);
+    auto sV                = TileK::tensor(smem + TileK::kSize);
+    Element* const smem_q  = smem + 2 * TileK::kSize;
+    Element* const smem_s  = smem_q + Traits::kStages * 2 * TileQ::kSize;
+    auto sdS               = TileS::tensor(smem_s);
+    auto sP                = TileS::tensor(smem_s + (Traits::kPInRegs ? 0 : TileS::kSize));
+    float* const smem_rows = reinterpret_cast<float*>(smem + Traits::kTileElements);
+
+    // Per tile, of the loop: in registers where there are enough, otherwise read from shared memory where it is needed.
+    constexpr bool kKeep   = kForm.keeps_tile;
+    SavedTile const& saved = *in.saved;
+    auto const range       = [&] { return kKeep ? blocks : read_now(saved.blocks); };
+    auto const see_now     = [&] { return kKeep ? see : saved.template see<kMask>(); };
+
+    // Loads: K and V once, then a stage of Q, dO, LSE and delta per query block
+    int64_t const q_stride = params.q.row_stride, dout_stride = params.dout.row_stride;
+    CopyQ copy_q(in.q + blocks.first * kBlockM * q_stride, q_stride, head_dim, thread);
+    CopyQ copy_dout(in.dout + blocks.first * kBlockM * dout_stride, dout_stride, head_dim, thread);
+    // Of a query block in the workspace.
+    auto const index = [&](int head, int m_block) {
+      return read_now(saved.first_index) + head * read_now(saved.slots) + m_block;
+    };
+    // lane: the thread's index
+    auto start_rows = [&](int stage, int head, int m_block, int lane) {
+      if (lane < kRowValues / 4) {
+        cp_async_16(smem_rows + stage * kRowValues + lane * 4,
+                    params.workspace.rows + int64_t(index(head, m_block)) * kRowValues + lane * 4,
+                    true);
+      }
+    };
+    auto start_tiles = [&](int stage, int head, int m_block, int lane) {
+      Element* const stage_q = smem_q + stage * 2 * TileQ::kSize;
+      int const rows_left =
+          (kKeep ? see.seqlen_q : read_now(in.saved->site.seqlen_q)) - m_block * kBlockM;
+      if constexpr (!kKeep) {
+        int const query_head = read_now(saved.head) * read_now(saved.group) + head;
+        int64_t const row    = read_now(saved.site.q_row0) + m_block * kBlockM;
+        int const batch      = read_now(saved.site.batch);
+        copy_q.next = CopyQ(matrix_of<Element>(params.q, batch, query_head) + row * q_stride,
+                            q_stride, head_dim, lane)
+                          .next;
+        copy_dout.next =
+            CopyQ(matrix_of<Element>(params.dout, batch, query_head) + row * dout_stride,
+                  dout_stride, head_dim, lane)
+                .next;
+      }
+      copy_q.template start<true>(TileQ::tensor(stage_q), rows_left, thread);
+      copy_dout.template start<true>(TileQ::tensor(stage_q + TileQ::kSize), rows_left, thread);
+    };
+    CopyK(in.k + col0 * params.k.row_stride, params.k.row_stride, head_dim, thread)
+        .template start<true>(sK, keys_left, thread);
+    CopyK(in.v + col0 * params.v.row_stride, params.v.row_stride, head_dim, thread)
+        .template start<true>(sV, keys_left, thread);
+    // Query blocks left to right, then the next head that shares the keys.
+    int m_block = blocks.first, head = 0;
+    start_tiles(0, head, m_block, thread);
+    wait_for_previous_kernel();
+    start_rows(0, head, m_block, thread);
+    cp_async_commit();
+    clear_now<true>(tdKrdK), clear_now<true>(tdVrdV);  // while the loads are under way
+
+    for (int stage = 0; head < read_now(saved.group); stage ^= 1) {
+      // Shared memory addresses that depend on the thread are worth fewer registers than they would take across iterations.
+      int const lane = opaque(thread);
+      cp_async_wait<0>();
+      __syncthreads();  // PROTECTS: this stage has arrived; all warps are done with the other stage and with dS^T, P^T.
+      bool const new_head  = m_block + 1 == range().end;
+      int const next_block = new_head ? range().first : m_block + 1;
+      if (!(new_head && head + 1 == read_now(saved.group))) {
+        int64_t const rows = int64_t(next_block - m_block) * kBlockM;  // without kKeep unused
+        copy_q.move(rows * q_stride + (new_head ? params.q.head_stride : 0));
+        copy_dout.move(rows * dout_stride + (new_head ? params.dout.head_stride : 0));
+        start_tiles(stage ^ 1, head + new_head, next_block, lane);
+        start_rows(stage ^ 1, head + new_head, next_block, lane);
+      }
+      cp_async_commit();
+
+      Element* const stage_q   = smem_q + stage * 2 * TileQ::kSize;
+      float const* const sRows = smem_rows + stage * kRowValues;
+      // Keys beyond seqlen_k are the mask's too: K is zero there, and exp2(0 - LSE) may overflow.
+      int const first_key = kKeep ? opaque(col0) : read_now(saved.site.block) * kBlockN;
+      // Queries beyond seqlen_q need no mask: their LSE is +inf and P zero.
+      bool const masked      = (kForm.asks_range && range().needs_mask(m_block)) ||
+                               see_now().seqlen_k - first_key < kBlockN;
+      auto const mod_of_head = [&] { return saved.score_mod(params.problem, head); };
+      float const scale_log2 = params.problem.unit.scale_log2;
+      typename Traits::MmaSdp mma_sdp;
+      typename Traits::MmaDkv mma_dkv;
+      CUTE_UNROLL
+      for (int sub = 0; sub < kBlockM / kSubM; ++sub) {
+        auto sQ  = local_tile(TileQ::tensor(stage_q), Shape<Int<kSubM>, Int<Traits::kHeadDim>>{},
+                              make_coord(sub, _0{}));
+        auto sdO = local_tile(TileQ::tensor(stage_q + TileQ::kSize),
+                              Shape<Int<kSubM>, Int<Traits::kHeadDim>>{}, make_coord(sub, _0{}));
+
+        // P^T
+        auto tSrS = partition_fragment_C(mma_sdp, TileSdp{});
+        clear(tSrS);
+        gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(mma_sdp, tSrS, sK, sQ, lane);
+        int const row0 = m_block * kBlockM + sub * kSubM;
+        if constexpr (changes_scores(kLevel)) {
+          mod_of_head().template apply<kLevel, true, typename Traits::MmaSdp, TileSdp>(
+              tSrS, row0, first_key, see_now().shift(), lane);
+        }
+        auto scores            = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
+        constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
+        float lse[kQueries];
+        bool any_large = false;
+        if constexpr (kByEdge) { any_large = load_lse(lse, sRows + sub * kSubM, lane); }
+        auto const mask = [&](auto edges) {
+          mask_scores<true, typename Traits::MmaSdp, TileSdp, edges>(tSrS, see_now(), row0,
+                                                                     first_key, lane);
+        };
+        if constexpr (kByEdge) {
+          if (masked) {
+            auto const look = see_now();
+            if (first_key + kBlockN > look.end_key(row0)) { mask(Constant<Edges::kRight>{}); }
+            if (look.first_key(row0 + kSubM - 1) > first_key) { mask(Constant<Edges::kLeft>{}); }
+          }
+        } else if constexpr (!kForm.loops_on_mask) {
+          if (masked) { mask(Constant<Edges::kBoth>{}); }
+        } else {  // a loop, as in the forward pass
+          for (int round = opaque(int(masked)); round > 0; --round) {
+            mask(Constant<Edges::kBoth>{});
+          }
+        }
+        if constexpr (!kByEdge) { any_large = load_lse(lse, sRows + sub * kSubM, lane); }
+        if (any_large) { limit_scores(scores, lse, scale_log2, params.problem.keep_log2); }
+
+        // dP^T, beside it the exponentials
+        auto tSrdP = partition_fragment_C(mma_sdp, TileSdp{});
+        clear(tSrdP);
+        gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(
+            mma_sdp, tSrdP, sV, sdO, lane, [&](int part) {
+              exponentials(scores, lse, scale_log2, part * kQueries / kDpParts,
+                           (part + 1) * kQueries / kDpParts);
+            });
+        if constexpr (may_have(kLevel, Level::kDropout)) {
+          if (decided<kLevel>(Level::kDropout, saved.features.drops)) {
+            mark_dropped<Traits>(tSrS, saved.features.dropout, head, params.problem.keep, row0,
+                                 first_key, lane);
+          }
+        }
+        auto tSrP = round_kept(tSrS);
+        if constexpr (!Traits::kPInRegs) {
+          fragment_to_smem<typename Traits::MmaSdp>(tSrP, sP, lane);
+        }
+
+        // dS^T
+        float const* const sLse = sRows + sub * kSubM;
+        if constexpr (may_have(kLevel, Level::kSoftcap)) {
+          score_gradients(tSrdP, tSrS, sLse + kBlockM, lane,
+                          softcap_gradient(params.problem, mod_of_head(), sLse,
+                                           row0 + see_now().shift() - first_key, lane));
+        } else {
+          score_gradients(tSrdP, tSrS, sLse + kBlockM, lane,
+                          [](int, int, float gradient, float) { return gradient; });
+        }
+        auto tSrdS = round_to<Element>(tSrdP);
+        fragment_to_smem<typename Traits::MmaSdp>(
+            tSrdS, local_tile(sdS, TileSdp{}, make_coord(_0{}, sub)), lane);
+
+        if constexpr (Traits::kPInRegs) {  // dV += P^T dO, dK += dS^T Q without a barrier
+          auto sdOt = local_tile(TileQ::transposed(stage_q + TileQ::kSize),
+                                 Shape<Int<Traits::kHeadDim>, Int<kSubM>>{}, make_coord(_0{}, sub));
+          auto sQt  = local_tile(TileQ::transposed(stage_q),
+                                 Shape<Int<Traits::kHeadDim>, Int<kSubM>>{}, make_coord(_0{}, sub));
+          auto tdVrP  = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
+          auto tdKrdS = make_tensor(tSrdS.data(), as_operand_a(tSrdS.layout()));
+          gemm_rs<typename Traits::OperandQt>(mma_dkv, tdVrdV, tdVrP, sdOt, lane);
+          gemm_rs<typename Traits::OperandQt>(mma_dkv, tdKrdK, tdKrdS, sQt, lane);
+        }
+      }
+      __syncthreads();  // PROTECTS: dS^T (and P^T) of all warps are in shared memory.
+
+      if constexpr (!Traits::kPInRegs) {  // dV += P^T dO
+        gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
+            mma_dkv, tdVrdV, sP, TileQ::transposed(stage_q + TileQ::kSize), lane);
+      }
+      // dQ += dS K
+      auto tdQrdQ = partition_fragment_C(typename Traits::MmaDq{},
+                                         Shape<Int<kBlockM>, Int<Traits::kHeadDim>>{});
+      clear(tdQrdQ);
+      gemm_ss<typename Traits::OperandDs, typename Traits::OperandKt>(
+          typename Traits::MmaDq{}, tdQrdQ, TileS::transposed(smem_s), TileK::transposed(smem),
+          lane);
+      int const place  = index(head, m_block);
+      int* const turns = params.workspace.dq_turn;
+      add_to_dq<Traits::kThreads>(
+          params.workspace.dq_accum + int64_t(place) * Traits::kDqElements, tdQrdQ,
+          turns ? turns + place : nullptr,
+          first_key / kBlockN - key_blocks<kBlockM, kBlockN>(see_now(), m_block).first, lane);
+      if constexpr (!Traits::kPInRegs) {  // dK += dS^T Q
+        gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
+            mma_dkv, tdKrdK, sdS, TileQ::transposed(stage_q), lane);
+      }
+      head += new_head;
+      m_block = next_block;
+    }
+  }
+
+ private:
+  // Queries (columns) of this thread's scores, for reading per-query values.
+  CUTE_DEVICE static auto coordinates(int thread) {
+    auto tScS =
+        typename Traits::MmaSdp{}.get_slice(thread).partition_C(make_identity_tensor(TileSdp{}));
+    return make_tensor(tScS.data(), rows_columns(tScS.layout()));
+  }
+
+  // ldmatrix.x4 of Q (or dO) in one S^T (or dP^T) per warp.
+  static constexpr int kDpParts =
+      kSubM / (16 * (Traits::kWarps / Traits::kTile.sdp_keys)) * (Traits::kHeadDim / 16);
+
+  // LSE of this thread's queries, in base 2 and less by keep_log2: with dropout P^T is keep_scale times the weights.  Returns whether some
+  // of the warp's are so large that scores must be limited.
+  template <int kQueries>
+  CUTE_DEVICE static bool load_lse(float (&lse)[kQueries], float const* sLse, int thread) {
+    auto where    = coordinates(thread);
+    float largest = 0.f;
+    CUTE_UNROLL
+    for (int c = 0; c < kQueries; ++c) {
+      lse[c]  = sLse[get<1>(where(0, c))];
+      largest = fmaxf(largest, fabsf(lse[c]));
+    }
+    return __any_sync(~0u, largest > kLargeLog2);
+  }
+
+  // Where LSE is rounded so coarsely that exp2 could overflow where P is 1.
+  template <class TensorS, int kQueries>
+  CUTE_DEVICE static void limit_scores(TensorS& scores, float const (&lse)[kQueries],
+                                       float scale_log2, float keep_log2) {
+    CUTE_UNROLL
+    for (int c = 0; c < kQueries; ++c) {
+      CUTE_UNROLL
+      for (int r = 0; r < size<0>(scores); ++r) {
+        float const real = may_have(kLevel, Level::kDropout) ? lse[c] + keep_log2 : lse[c];
+        scores(r, c)     = fminf(scores(r, c), real / scale_log2);
+      }
+    }
+  }
+
+  // Queries [begin, end) of S^T become P^T = exp2(S^T scale_log2 - LSE).
+  template <class TensorS, int kQueries>
+  CUTE_DEVICE static void exponentials(TensorS& scores, float const (&lse)[kQueries],
+                                       float scale_log2, int begin, int end) {
+    CUTE_UNROLL
+    for (int c = begin; c < end; ++c) {
+      CUTE_UNROLL
+      for (int r = 0; r < size<0>(scores); ++r) {
+        scores(r, c) = exp2_approx(fmaf(scores(r, c), scale_log2, -lse[c]));
+      }
+    }
+  }
+
+  // P^T, rounded, without its dropped weights.
+  template <class TensorS>
+  CUTE_DEVICE static auto round_kept(TensorS const& tSrS) {
+    if constexpr (may_have(kLevel, Level::kDropout)) {
+      return round_positive<Element>(tSrS);
+    } else {
+      return round_to<Element>(tSrS);
+    }
+  }
+
+  // dP^T becomes dS^T = P^T (dP^T - delta), with dropout dP^T for kept weights alone.  The gradient then goes through
+  // inner(row, column, gradient, P).
+  template <class TensorS, class Inner>
+  CUTE_DEVICE static void score_gradients(TensorS& tSrdP, TensorS const& tSrP, float const* sDelta,
+                                          int thread, Inner inner) {
+    auto gradients = make_tensor(tSrdP.data(), rows_columns(tSrdP.layout()));
+    auto p         = make_tensor(tSrP.data(), rows_columns(tSrP.layout()));
+    auto where     = coordinates(thread);
+    CUTE_UNROLL
+    for (int c = 0; c < size<1>(gradients); ++c) {
+      float const delta = sDelta[get<1>(where(0, c))];
+      CUTE_UNROLL
+      for (int r = 0; r < size<0>(gradients); ++r) {
+        if constexpr (may_have(kLevel, Level::kDropout)) {
+          float const kept = fmaxf(p(r, c), 0.f), weight = fabsf(p(r, c));
+          gradients(r, c) = inner(r, c, fmaf(kept, gradients(r, c), -weight * delta), weight);
+        } else {
+          gradients(r, c) = inner(r, c, p(r, c) * (gradients(r, c) - delta), p(r, c));
+        }
+      }
+    }
+  }
+
+  // Through tanh: times 1 - tanh^2.  The score s after tanh and ALiBi comes back from P = exp2(s scale_log2 - LSE), where P is not 0.
+  // offset: of query i from key j in positions, where both are the tile's first.
+  CUTE_DEVICE static auto softcap_gradient(Problem const& problem, ScoreMod const& mod,
+                                           float const* sLse, int offset, int thread) {
+    auto where        = coordinates(thread);
+    auto where0       = coordinates(0);  // known at compile time
+    float const slope = mod.slope, inverse = kLn2 * problem.unit.per_unit,
+                base = float(offset + int(get<1>(where(0, 0))) - int(get<0>(where(0, 0))));
+    return [=](int r, int c, float gradient, float weight) {
+      // Finite where P, and so the gradient, is 0: hidden keys, and queries without keys, whose LSE is +inf.
+      constexpr float kLeastLog2 = -150.f, kLargest = 1e18f;
+      float const lse = fminf(sLse[get<1>(where(0, c))] * inverse, kLargest);
+      float capped    = fmaf(fmaxf(log2_approx(weight), kLeastLog2), inverse, lse);
+      if constexpr (kLevel == Level::kAll) {
+        if (problem.softcap == 0.f) { return gradient; }
+        capped +=
+            slope * fabsf(base + float(int(get<1>(where0(r, c))) - int(get<0>(where0(r, c)))));
+      }
+      return gradient * fmaf(-capped, capped, 1.f);
+    };
+  }
+};
+
+}  // namespace flash::sm80

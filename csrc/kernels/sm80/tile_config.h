@@ -1,0 +1,317 @@
+#pragma once
+// The tile table of the sm80 kernels: tile sizes, and every choice by head dimension, mask and level.
+// Read by kernels, host code and tests.  Main loops compare no head dimension: they ask a table here.
+// Measurements: benchmarks/README.md, "Tiles".  "Spills" are ptxas' reports for sm_90a.
+// Designated initialisers are C++20; gcc, clang and nvcc take them in C++17.
+#include "pieces/integers.cuh"
+#include "pieces/level.h"
+
+namespace flash {
+
+// Head dimensions with kernels of their own; others run in the next larger one.
+constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
+
+constexpr int built_head_dim(int head_dim) {
+  for (int built : kHeadDims) {
+    if (head_dim <= built) { return built; }
+  }
+  return 0;
+}
+
+namespace sm80 {
+
+// --- Forward -------------------------------------------------------------------------------------
+
+struct FwdTile {
+  int block_m, block_n, warps;
+  bool q_in_regs;  // Q fragments stay in registers instead of being read again for each block
+  int ctas;        // thread blocks per SM that registers must allow
+  int early;       // k-steps of a block's P V (16 keys each) with exponentials before the product
+};
+
+constexpr FwdTile fwd_tile(int head_dim) {
+  switch (head_dim) {
+    case 32:  // As 64.
+      return {.block_m = 128, .block_n = 64, .warps = 4, .q_in_regs = true, .ctas = 2, .early = 2};
+    case 64:  // 128 x 96 and 192 x 32 are 10 and 19 % slower; early 2 costs up to 7 %, 4 costs 3 %.
+      return {.block_m = 128, .block_n = 64, .warps = 4, .q_in_regs = true, .ctas = 2, .early = 3};
+    case 96:  // Q's 48 registers would not fit beside O's 96 and S's 64.
+      return {.block_m = 128, .block_n = 64, .warps = 4, .q_in_regs = false, .ctas = 2, .early = 4};
+    case 128:  // As 96: O takes 128 registers, Q would take 64.
+      return {.block_m = 128, .block_n = 64, .warps = 4, .q_in_regs = false, .ctas = 2, .early = 4};
+    case 192:  // O of 128 rows takes eight warps, and these all registers of an SM.
+      return {.block_m = 128, .block_n = 64, .warps = 8, .q_in_regs = true, .ctas = 1, .early = 4};
+    default:  // O takes 128 registers of a thread: half the rows, so that two thread blocks fit.
+      return {.block_m = 64, .block_n = 32, .warps = 4, .q_in_regs = true, .ctas = 2, .early = 2};
+  }
+}
+
+// For kernels that need registers for what they do to scores and weights.
+constexpr FwdTile general_fwd_tile(int head_dim) {
+  FwdTile tile = fwd_tile(head_dim);
+  if (head_dim == 128) { tile.block_n = 48; }  // S and P of 64 keys leave none
+  tile.early = tile.block_n / 16;
+  return tile;
+}
+constexpr bool fwd_is_general(Level level) {
+  return level == Level::kAll || level == Level::kDropout;
+}
+
+// How a forward kernel's loop is written.
+struct FwdForm {
+  int early;  // as FwdTile::early, of this kernel
+  int ahead;  // k-steps whose random numbers are drawn beside the block's Q K^T
+  bool
+      half_steps;  // blocks that only half of the rows see are steps for that half (visibility.cuh)
+  bool skips;      // masked steps leave out the products of a half that sees nothing
+  bool by_edge;    // masks hide one edge of the rows' keys at a time
+  bool parks;      // the moving pointers lie in shared memory during masked products
+  bool upward;     // K and V are copied from the last row of a block to the first
+  bool keeps_first;    // the first block's number stays in a register
+  bool first_in_loop;  // the first block's softmax is done by the loop's instructions
+  bool late_o;         // O gets its registers after the first product
+  bool votes;          // a condition that is the same for all lanes is voted on
+  bool one_body;       // steps with and without mask share their instructions
+  bool bounded;     // bf16 scores after tanh are exponentiated as they are, if the softcap is small
+  bool asks_empty;  // the epilogue asks whether a row has seen nothing
+  int plain_part,
+      masked_part;  // of Q K^T, which the barrier waits for; kAnyPart: the compiler's choice
+
+  static constexpr int kAnyPart = -1;
+};
+
+constexpr FwdForm fwd_form(FwdTile const& tile, int head_dim, MaskKind mask, Level level) {
+  bool const plain = level == Level::kPlain, windows = mask == MaskKind::kLocal;
+  bool const plain_window = plain && windows;
+  FwdForm form{
+      .early = tile.early,
+      .ahead = 0,
+      // Causal 1 to 5 % faster; from head dimension 96 on they spill.
+      .half_steps = plain && mask != MaskKind::kNone && head_dim <= 64,
+      // 7 % faster; 96 lost 5 %, 64 (in place of half steps) 8 %, other levels 7 to 66 %.
+      .skips = plain_window && head_dim == 128,
+      // Blocks that cross a window's edge seldom cross both: 2 % faster at 128.
+      .by_edge = plain_window,
+      // Without it the loop of the steps that skip spills 8 bytes; with it, 6 % faster.
+      .parks = plain_window && head_dim == 128,
+      // 2 % faster at 64; the others spill.
+      .upward = plain && !(windows && head_dim == 128),
+      // From 128 on there is no register for it.
+      .keeps_first = head_dim <= 96,
+      // 96 and 128 need fewer registers with it, 256 more.
+      .first_in_loop = head_dim == 96 || head_dim == 128,
+      // 256 needs fewer registers when the compiler decides.
+      .late_o = head_dim != 256 || !windows || changes_scores(level),
+      // A vote tells the compiler that lanes agree.  The others spill with it.
+      .votes = head_dim <= 128 && !changes_scores(level),
+      // Each feature's instructions stand in the loop once instead of twice.
+      .one_body = level == Level::kAll,
+      // 7 % faster at 64; there is no figure for others.
+      .bounded = level == Level::kSoftcap && head_dim <= 64,
+      // A softcap kernel spilled.
+      .asks_empty  = level != Level::kSoftcap,
+      .plain_part  = FwdForm::kAnyPart,
+      .masked_part = FwdForm::kAnyPart,
+  };
+  // tanh and exponentials use the same unit: fewer of them before the product.
+  if (head_dim == 64 && level == Level::kSoftcap) { form.early = 1; }
+  if (level == Level::kDropout) {
+    // The last k-step's weights are dropped beside the product: 1.23 to 1.09 ms at 64, 850 to 845 us at 128.
+    if (head_dim == 64 || head_dim == 128) { form.early = tile.early - 1; }
+    // 5 % faster at 32 and 64, 1 % at 128.  It takes 16 to 20 registers: 192 and 256 spilled 4 and 12 bytes.
+    if (head_dim <= 128) { form.ahead = tile.block_n / 16; }
+  }
+  // The compiler put 70 to 128 of a step's 128 tensor core instructions before the barrier, another number with each change of the
+  // code, which made windows up to 8 % slower.  These parts leave about 106 before it in plain steps, and 124 in masked ones.
+  if (plain_window && head_dim == 64) { form.plain_part = 5, form.masked_part = 11; }
+  return form;
+}
+
+// --- Backward ------------------------------------------------------------------------------------
+
+struct BwdTile {
+  int block_m, block_n, warps, stages;  // a stage is one Q and one dO tile
+  int sdp_keys;    // warps along the keys in S^T and dP^T (the others go along the queries)
+  int dkv_keys;    // warps along the keys in dK and dV (the others go along the head dimension)
+  int dq_queries;  // warps along the queries in dQ (the others go along the head dimension)
+  int sub_m;       // queries whose S^T and dP^T are in registers at a time
+  int ctas;
+};
+
+// sdp_keys == dkv_keys == warps keeps P^T and dS^T in registers as the A operand of dV and dK.
+// small_smem: for thread blocks of at most 163 KB (sm_80) instead of 227 KB (sm_90).
+constexpr BwdTile bwd_tile(int head_dim, bool small_smem) {
+  switch (head_dim) {
+    case 32:
+    case 64:  // P^T in registers is worth 30 %: 128 x 128 through shared memory 279 TFLOP/s, this 368.
+      return {.block_m    = 64,
+              .block_n    = 128,
+              .warps      = 4,
+              .stages     = 2,
+              .sdp_keys   = 4,
+              .dkv_keys   = 4,
+              .dq_queries = 2,
+              .sub_m      = 32,
+              .ctas       = 2};
+    case 96:  // Two thread blocks with 128 keys would need 258 KB of shared memory.
+      return {.block_m    = 64,
+              .block_n    = 64,
+              .warps      = 4,
+              .stages     = 2,
+              .sdp_keys   = 2,
+              .dkv_keys   = 2,
+              .dq_queries = 2,
+              .sub_m      = 64,
+              .ctas       = 2};
+    case 128:  // 32 x 32 parts of S^T per warp: 327 TFLOP/s; P in registers with 16 keys per warp 300.
+      return {.block_m    = 64,
+              .block_n    = 128,
+              .warps      = 8,
+              .stages     = 2,
+              .sdp_keys   = 4,
+              .dkv_keys   = 2,
+              .dq_queries = 2,
+              .sub_m      = 64,
+              .ctas       = 1};
+    case 192:  // 96 keys 296 TFLOP/s, 64 keys 252; 163 KB have room for 64.
+      return {.block_m    = 64,
+              .block_n    = small_smem ? 64 : 96,
+              .warps      = 8,
+              .stages     = 2,
+              .sdp_keys   = 2,
+              .dkv_keys   = 2,
+              .dq_queries = 2,
+              .sub_m      = 64,
+              .ctas       = 1};
+    default: {  // 16 x 32 parts of S^T per warp; 163 KB have room for 32 queries.
+      int const queries = small_smem ? 32 : 64;
+      return {.block_m    = queries,
+              .block_n    = 64,
+              .warps      = 8,
+              .stages     = 2,
+              .sdp_keys   = 4,
+              .dkv_keys   = 2,
+              .dq_queries = 2,
+              .sub_m      = queries,
+              .ctas       = 1};
+    }
+  }
+}
+
+// Head dimensions whose tiles are others with less shared memory.
+constexpr bool has_small_bwd_tile(int head_dim) { return head_dim > 128; }
+
+// As in the forward pass: with these parts of S^T, the kernels have the registers.
+constexpr BwdTile general_bwd_tile(int head_dim, bool small_smem) {
+  BwdTile tile = bwd_tile(head_dim, small_smem);
+  if (head_dim <= 64) { tile.sub_m = 16; }
+  if (head_dim == 128) { tile.sdp_keys = tile.dkv_keys = 8, tile.sub_m = 32; }
+  if (head_dim > 192) { tile = bwd_tile(head_dim, true); }
+  return tile;
+}
+
+constexpr bool bwd_is_general(int head_dim, Level level) {
+  return level != Level::kPlain && !(level == Level::kAlibi && head_dim == 128);
+}
+
+// How a backward kernel's loop is written.
+struct BwdForm {
+  bool by_edge;        // masks hide one edge of the rows' keys at a time; LSE is read before them
+  bool keeps_tile;     // what the loop asks of its tile stays in registers
+  bool asks_range;     // whether a query block needs the mask is asked, also where none does
+  bool loops_on_mask;  // the mask is a loop of at most one round
+};
+
+constexpr BwdForm bwd_form(int head_dim, MaskKind mask, Level level) {
+  bool const plain = level == Level::kPlain;
+  return {
+      // 3 % faster; 64 spilled, others were not tried.
+      .by_edge = plain && mask == MaskKind::kLocal && head_dim == 128,
+      // The others spilled.
+      .keeps_tile = !bwd_is_general(head_dim, level) && head_dim <= 128,
+      // The kernel for 256 spills without the test.
+      .asks_range = mask != MaskKind::kNone || head_dim == 256,
+      // A branch would become predicated instructions, issued in every step.
+      .loops_on_mask = level == Level::kAll,
+  };
+}
+
+// --- Decoding ------------------------------------------------------------------------------------
+
+// narrow: all rows fit one 16-row MMA tile and every warp has key tiles, a pipeline and a softmax of its own; otherwise warps go along
+// the rows and share key tiles.  Rows are the queries of all heads that share a key head.
+struct DecodeTile {
+  int warps_m, warps_n;  // one of them is 1
+  int tile_n;            // keys of one warp's (narrow) or the thread block's (wide) tile
+  int stages, ctas;      // a stage is one K and one V tile
+  bool q_in_regs;
+  int at_once;  // parts of a row that a thread has on their way to it when it merges them
+
+  constexpr int block_m() const { return 16 * warps_m; }
+  constexpr int block_n() const { return tile_n * warps_n; }
+};
+
+constexpr int kNarrowRows = 16;
+
+// Eight warps with as many stages as shared memory has room for: what is under way hides the memory's latency.
+constexpr DecodeTile narrow_decode_tile(int head_dim, bool small_smem) {
+  DecodeTile tile{.warps_m   = 1,
+                  .warps_n   = 8,
+                  .tile_n    = 16,
+                  .stages    = 8,
+                  .ctas      = 1,
+                  .q_in_regs = true,
+                  .at_once   = 16};
+  switch (head_dim) {
+    case 32:  // more stages are not needed
+      break;
+    case 64:
+      tile.stages = small_smem ? 4 : 6;
+      break;
+    case 96:
+      tile.stages = small_smem ? 3 : 4;
+      break;
+    case 128:
+      tile.stages = small_smem ? 2 : 3;
+      break;
+    case 192:  // eight warps would have room for two stages
+      tile.warps_n = 4, tile.stages = small_smem ? 3 : 4, tile.at_once = 4;
+      break;
+    default:  // as 192; Q takes 64 registers of a thread
+      tile.warps_n = 4, tile.stages = small_smem ? 2 : 3, tile.at_once = 4;
+      tile.q_in_regs = false;
+  }
+  return tile;
+}
+
+constexpr DecodeTile wide_decode_tile(int head_dim, bool small_smem) {
+  DecodeTile tile{.warps_m   = 4,
+                  .warps_n   = 1,
+                  .tile_n    = 64,
+                  .stages    = 3,
+                  .ctas      = 2,
+                  .q_in_regs = true,
+                  .at_once   = 4};
+  switch (head_dim) {
+    case 32:
+    case 64:
+      break;
+    case 96:
+    case 128:  // a third stage is a thread block less
+      tile.stages = 2;
+      break;
+    case 192:  // Q and 64 keys have no registers beside O
+      tile.tile_n = 32, tile.stages = 2, tile.ctas = small_smem ? 1 : 2, tile.q_in_regs = false;
+      break;
+    default:  // 32 keys: 116 bytes of spills
+      tile.tile_n = 16, tile.ctas = small_smem ? 1 : 2, tile.q_in_regs = false;
+  }
+  return tile;
+}
+
+constexpr DecodeTile decode_tile(int head_dim, bool narrow, bool small_smem) {
+  return narrow ? narrow_decode_tile(head_dim, small_smem) : wide_decode_tile(head_dim, small_smem);
+}
+
+}  // namespace sm80
+}  // namespace flash
