@@ -137,10 +137,10 @@ def gradients(dout: Tensor, dlse: Tensor | None, *saved: Any) -> tuple[Tensor, .
     arguments of ``FlashAttentionGradients`` after them.
 
     Raises:
-        RuntimeError: create_graph=True, as the gradients have none; under torch.func's transforms,
-            which always ask for a graph, only where it is used.
+        RuntimeError: create_graph=True, as the gradients have none; for torch.func, which always
+            asks for a graph, only where the graph is used.
     """
-    if not torch.compiler.is_compiling() and _transforms.are_active():
+    if not torch.compiler.is_compiling() and _transforms.are_at_work(saved[0]):
         return FlashAttentionGradients.apply(dout, dlse, *saved)
     if torch.is_grad_enabled():
         raise RuntimeError(_ONCE)

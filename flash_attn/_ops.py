@@ -16,12 +16,14 @@ from flash_attn.cpu.scores import compute_dtype
 
 __all__ = [
     "backward",
+    "backward_functional",
     "extension",
     "forward",
     "kvcache",
     "kvcache_append",
     "merge_states",
     "varlen_backward",
+    "varlen_backward_functional",
     "varlen_forward",
 ]
 

@@ -16,6 +16,11 @@ def are_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def are_at_work(x: Tensor) -> bool:
+    """Whether a transform is active, or has wrapped x: torch.func.vjp's function runs after it."""
+    return are_active() or _functorch.is_functorch_wrapped_tensor(x)
+
+
 def asks_for_gradient(*tensors: Tensor | None) -> bool:
     """Whether any of the tensors, or what a transform wrapped in it, requires a gradient."""
     for x in tensors:
@@ -43,6 +48,8 @@ def refuse_tangents(function: str, *tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
     for x in tensors:
+        while x is not None and _functorch.is_batchedtensor(x):
+            x = _functorch.get_unwrapped(x)
         if x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise_no_forward_mode(function)
 

@@ -25,13 +25,13 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
-        for name in ("fwd", "bwd_into", "varlen_fwd", "varlen_bwd_into"):
+        for name in ("forward", "backward", "varlen_forward", "varlen_backward"):
             monkeypatch.setattr(_ops, name, self._counted(name, getattr(_ops, name)))
 
     def _counted(self, name: str, function: Any) -> Any:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             self.names.append(name)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return call
 
@@ -220,7 +220,7 @@ def test_varlen_attn(on_cpu: None, calls: Calls) -> None:
     q, k, v = tensors(*[(20, 4, 32)] * 3, device="cpu")
     out = varlen.varlen_attn(q, k, v, lengths, lengths, 13, 13)
     want = flash_attn_varlen_func(q, k, v, lengths, lengths, 13, 13)
-    assert calls.take()[0] == "varlen_fwd"
+    assert calls.take()[0] == "varlen_forward"
     assert torch.equal(out, want)
     for ours, theirs in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (out, want))):
         torch.testing.assert_close(ours, theirs)
@@ -256,7 +256,7 @@ def test_torchs_cuda_entry_comes_to_our_operators(
     q, k, v = tensors((2, 4, 19, 32), (2, 2, 19, 32), (2, 2, 19, 32), device="cpu")
     out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=0.2)[0]
     compare(out, written_out(q, k, v, causal, 0.2), [q, k, v])
-    assert calls.take() == ["fwd", "bwd_into"]
+    assert calls.take() == ["forward", "backward"]
 
 
 @pytest.mark.cuda
@@ -270,7 +270,7 @@ def test_scaled_dot_product_attention(
         q, k, v = (order(t).detach().requires_grad_() for t in tensors(*heads, device=device))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.2, enable_gqa=True)
         compare(out, written_out(q, k, v, causal, 0.2), [q, k, v])
-        assert calls.take() == ["fwd", "bwd_into"]
+        assert calls.take() == ["forward", "backward"]
 
 
 @pytest.mark.cuda
@@ -300,7 +300,7 @@ def test_torch_chooses_the_backend_as_before(on_cuda: None, calls: Calls, device
     assert calls.take() == []
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         F.scaled_dot_product_attention(q, k, v)
-    assert calls.take() == ["fwd"]
+    assert calls.take() == ["forward"]
 
 
 @pytest.mark.cuda
@@ -311,7 +311,7 @@ def test_restoring(calls: Calls, device: str) -> None:
         sdpa.activate()
         assert torch.nn.attention.current_flash_attention_impl() == sdpa.NAME
         F.scaled_dot_product_attention(q, k, v)
-        assert calls.take() == ["fwd"]
+        assert calls.take() == ["forward"]
         torch.nn.attention.restore_flash_attention_impl()
         assert torch.nn.attention.current_flash_attention_impl() is None
         assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
@@ -363,7 +363,7 @@ def test_model(calls: Calls, device: str, compiled: bool) -> None:
         out.float().square().mean().backward()
     finally:
         torch.nn.attention.restore_flash_attention_impl()
-    assert calls.take() == ["fwd", "fwd", "bwd_into", "bwd_into"]
+    assert calls.take() == ["forward", "forward", "backward", "backward"]
     pairs = [("out", out, want)]
     pairs += [(n, p.grad, q.grad) for (n, p), q in zip(ours.named_parameters(), exact.parameters())]
     for name, a, b in pairs:
@@ -378,7 +378,7 @@ def test_nested_tensors(on_cuda: None, calls: Calls, device: str) -> None:
     nested = torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         out = F.scaled_dot_product_attention(nested, nested, nested, is_causal=True)
-    assert calls.take() == ["varlen_fwd"]
+    assert calls.take() == ["varlen_forward"]
     for row, ours in zip(rows, out.transpose(1, 2).unbind()):
         x = row.transpose(0, 1)[None]
         assert_near(ours.transpose(0, 1)[None], written_out(x, x, x, True, None))
@@ -390,7 +390,7 @@ def test_varlen_attn_on_cuda(on_cuda: None, calls: Calls, device: str) -> None:
     lengths = torch.tensor([0, 7, 200], dtype=torch.int32, device=device)
     q, k, v = tensors(*[(200, 4, 64)] * 3, device=device)
     out = varlen.varlen_attn(q, k, v, lengths, lengths, 193, 193)
-    assert calls.take() == ["varlen_fwd"]
+    assert calls.take() == ["varlen_forward"]
     want = flash_attn_varlen_func(q, k, v, lengths, lengths, 193, 193)
     dout = torch.randn_like(out)
     assert torch.equal(out, want)

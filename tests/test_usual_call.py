@@ -18,13 +18,13 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn import (
-    _autograd,
     flash_attn_func,
     flash_attn_interface,
     flash_attn_varlen_func,
 )
 
 ATTEND = flash_attn_interface._fast_attend
+ATTEND_VARLEN = flash_attn_interface._fast_varlen_attend
 needs_extension = pytest.mark.skipif(ATTEND is None, reason="needs the compiled extension")
 needs_cuda = pytest.mark.cuda
 DEFAULTS = dict(
@@ -45,6 +45,17 @@ class Subclass(Tensor):
 
 def attend(q: object, k: object, v: object, **options: object) -> Tensor | None:
     return ATTEND(q, k, v, *(DEFAULTS | options).values())
+
+
+def attend_varlen(*tensors: object, block_table: object = None, **options: object) -> Tensor | None:
+    """tensors: q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
+    return ATTEND_VARLEN(*tensors, *(DEFAULTS | options).values(), block_table)
+
+
+def make_varlen(device: str, head_dim: int = 64) -> tuple[object, ...]:
+    q, k, v = (t.flatten(0, 1) for t in make_qkv(device, head_dim=head_dim))
+    cu_seqlens = torch.tensor([0, 30, 30, 77], dtype=torch.int32, device=device)
+    return q, k, v, cu_seqlens, cu_seqlens, 47, 47
 
 
 def make_qkv(device: str, seqlen: int = 40, heads: int = 2, head_dim: int = 64) -> list[Tensor]:
@@ -105,6 +116,7 @@ def test_served_calls_cuda(device: str) -> None:
         dict(softmax_scale=0.5, causal=True, deterministic=True, softcap=2.0),
         dict(window_size=(3, 4)),
         dict(window_size=[3, -1]),
+        dict(dropout_p=0.1),
     ):
         assert isinstance(attend(q, k, v, **options), Tensor), options
     with torch.autocast("cuda", dtype=torch.float16):
@@ -129,7 +141,7 @@ def test_unusual_calls_are_left_to_python_cuda(device: str) -> None:
         assert attend(*tensors) is None, [t.shape for t in tensors]
     slopes, one = torch.ones(2, device=device), torch.tensor(1, device=device)
     for options in (
-        *(dict(dropout_p=0.1), dict(dropout_p=1.0), dict(dropout_p=0), dict(alibi_slopes=slopes)),
+        *(dict(dropout_p=1.0), dict(dropout_p=0), dict(dropout_p=-0.1), dict(alibi_slopes=slopes)),
         *(dict(return_attn_probs=True), dict(softmax_scale=one), dict(softmax_scale="1")),
         *(dict(window_size=(one, 1)), dict(window_size=(1, 2, 3)), dict(window_size=(2**70, 0))),
         *(dict(window_size=3), dict(window_size=None), dict(window_size=(1.0, 2.0))),
@@ -137,6 +149,64 @@ def test_unusual_calls_are_left_to_python_cuda(device: str) -> None:
         dict(deterministic=None),
     ):
         assert attend(q, k, v, **options) is None, options
+
+
+@needs_cuda
+def test_served_varlen_calls_cuda(device: str) -> None:
+    q, k, v, cu_q, cu_k, *longest = make_varlen(device)
+    for tensors in ((q, k, v), leaves(q, k, v), (q, k[:, :1], v[:, :1]), (q, k, k)):
+        out = attend_varlen(*tensors, cu_q, cu_k, *longest, causal=True)
+        assert isinstance(out, Tensor) and out.shape == q.shape
+        assert out.requires_grad == tensors[0].requires_grad
+        want = flash_attn_varlen_func(
+            *tensors, cu_q, cu_k, *longest, causal=True, return_attn_probs=True
+        )[0]
+        assert torch.equal(out, want)
+    assert isinstance(attend_varlen(q, k, v, cu_q, cu_k, *longest, dropout_p=0.2), Tensor)
+
+
+@needs_cuda
+def test_unusual_varlen_calls_are_left_to_python_cuda(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v, cu_q, cu_k, *longest = make_varlen(device)
+    one = torch.tensor(47, device=device)
+    for lengths in (
+        *((cu_q.long(), cu_k, *longest), (cu_q.cpu(), cu_k, *longest), (cu_q[:-1], cu_k, *longest)),
+        *((cu_q[::2], cu_k, *longest), (cu_q[None], cu_k[None], *longest), (cu_q, None, *longest)),
+        *((cu_q, cu_k, one, 47), (cu_q, cu_k, 47.0, 47), (cu_q[:1], cu_k[:1], *longest)),
+    ):
+        assert attend_varlen(q, k, v, *lengths) is None, lengths
+    table = torch.zeros(3, 1, dtype=torch.int32, device=device)
+    assert attend_varlen(q, k, v, cu_q, cu_k, *longest, block_table=table) is None
+    assert attend_varlen(*make_varlen(device, 33)) is None
+    assert attend_varlen(q[None], k[None], v[None], cu_q, cu_k, *longest) is None
+    assert ATTEND_VARLEN(q, k, v) is None and ATTEND_VARLEN(*(None,) * 16) is None
+    for value, is_served in (("0", True), ("", True), ("1", False)):
+        monkeypatch.setenv("FLASH_ATTN_CHECK_DEVICE_DATA", value)
+        out = attend_varlen(q, k, v, cu_q, cu_k, *longest)
+        assert isinstance(out, Tensor) == is_served, value
+
+
+@needs_cuda
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+def test_gradients_of_a_batch_of_gradients_cuda(device: str, varlen: bool) -> None:
+    """is_grads_batched: the node hands over to Python, and gives what a loop gives."""
+    *tensors, cu_q, cu_k, max_q, max_k = make_varlen(device)
+    if not varlen:
+        tensors = make_qkv(device)
+    inputs = leaves(*tensors)
+    options = dict(causal=True, dropout_p=0.2, deterministic=True)
+    if varlen:
+        out = flash_attn_varlen_func(*inputs, cu_q, cu_k, max_q, max_k, **options)
+    else:
+        out = flash_attn_func(*inputs, **options)
+    assert out.grad_fn.name() == "FlashAttnBackward"
+    douts = torch.randn(3, *out.shape, device=device).to(out.dtype)
+    batched = torch.autograd.grad(out, inputs, douts, is_grads_batched=True, retain_graph=True)
+    for i, dout in enumerate(douts):
+        for ours, want in zip(batched, torch.autograd.grad(out, inputs, dout, retain_graph=True)):
+            assert torch.equal(ours[i], want)
 
 
 @needs_cuda
@@ -177,17 +247,6 @@ def test_modes_and_transforms_are_left_to_python_cuda(device: str) -> None:
     torch.jit.trace(probe, (q,), check_trace=False)
     assert results == [None] * 3
     assert isinstance(attend(q, k, v), Tensor)
-
-
-@needs_cuda
-def test_functorch_behaves_as_before_cuda(device: str) -> None:
-    q, k, v = make_qkv(device)
-    stacked = torch.stack([q, q * 2])
-    ours = torch.func.vmap(lambda x: flash_attn_func(x, k, v))(stacked)
-    assert torch.equal(ours, torch.stack([flash_attn_func(x, k, v) for x in stacked]))
-    k, v = leaves(k, v)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: flash_attn_func(x, k, v).sum())(q)
 
 
 @needs_cuda
@@ -236,7 +295,7 @@ def out_and_gradients(case: AttnCase, device: str, **options: object) -> list[Te
 def test_both_ways_give_the_same_bits(
     device: str, case: AttnCase, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From C++ at once; through Python's checks; with Python's autograd.Function, too."""
+    """From C++ at once; through Python's checks and autograd.Function."""
     served: list[bool] = []
 
     def observed(*arguments: object) -> Tensor | None:
@@ -248,11 +307,9 @@ def test_both_ways_give_the_same_bits(
     ours = out_and_gradients(case, device, softmax_scale=scale)
     assert served == [True, True]
     monkeypatch.setattr(flash_attn_interface, "_fast_attend", None)
-    for _ in range(2):
-        want = out_and_gradients(case, device, softmax_scale=scale)
-        for name, a, b in zip(("out", "dq", "dk", "dv"), ours, want, strict=True):
-            assert_bitwise(name, a, b, case)
-        monkeypatch.setattr(_autograd, "_has_native_gradients", lambda *_: False)
+    want = out_and_gradients(case, device, softmax_scale=scale)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), ours, want, strict=True):
+        assert_bitwise(name, a, b, case)
 
 
 @on_devices(cuda=CASES[:1])
@@ -269,7 +326,7 @@ def test_node_in_the_graph(device: str, case: AttnCase) -> None:
     node.register_prehook(lambda gradients: seen.append((0, len(gradients))))
     out.retain_grad()
     out.backward(x.dout)
-    assert seen == [(0, 2), (3, 2)] and out.grad is not None
+    assert seen == [(0, 1), (3, 1)] and out.grad is not None
 
 
 @on_devices(cuda=CASES[:1])
