@@ -103,6 +103,26 @@ def test_equal_slopes_of_all_batches_are_slopes_per_head(device: str, case: Attn
         assert_same_result(ours, want, f"{case}, {name}", dq_bitwise=True)
 
 
+@everywhere(
+    AttnCase(65, 97, (1, 1), 64, Mask.causal, batch=2, alibi=Alibi.per_head),
+    AttnCase(97, 65, (1, 1), 128, Mask.none, "fp16", 1, alibi=Alibi.per_head),
+)
+def test_slopes_of_one_head_have_any_stride(device: str, case: AttnCase) -> None:
+    """Contiguous as torch sees it: the stride of a dimension of size 1 means nothing."""
+    x, slope = make_inputs(case, device), make_alibi(case, device)
+    want = run_flash(
+        x.q, x.k, x.v, x.dout, causal=case.causal, alibi_slopes=slope, deterministic=True
+    )
+    spread = torch.full((16,), torch.nan, device=device)
+    spread[: 5 * case.batch : 5] = slope
+    for shape, stride in (((1,), (7,)), ((1,), (0,)), ((case.batch, 1), (5, 3))):
+        same = spread.as_strided(shape, stride)
+        ours = run_flash(
+            x.q, x.k, x.v, x.dout, causal=case.causal, alibi_slopes=same, deterministic=True
+        )
+        assert_same_result(ours, want, f"{case}, strides {stride}", dq_bitwise=True)
+
+
 @everywhere(*FEW)
 def test_each_head_and_batch_has_its_slope(device: str, case: AttnCase) -> None:
     """Another slope of one (batch, head) changes its own results alone."""

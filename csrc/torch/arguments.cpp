@@ -34,7 +34,7 @@ void set_alibi(Problem& problem, at::Tensor const& slopes, at::Tensor const& q) 
               "alibi_slopes: must have shape (heads) = (", problem.heads_q,
               ") or (batch, heads) = (", problem.batch, ", ", problem.heads_q, "); got ",
               slopes.sizes());
-  TORCH_CHECK(slopes.stride(-1) == 1,
+  TORCH_CHECK(has_contiguous_rows(slopes),
               "ALiBi slopes tensor must have contiguous last dimension; got strides ",
               slopes.strides());
   problem.alibi_slopes       = slopes.data_ptr<float>();

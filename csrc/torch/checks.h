@@ -20,6 +20,11 @@ inline void check_like(at::Tensor const& tensor, char const* name, at::Tensor co
   TORCH_CHECK(tensor.sizes() == shape, name, ": must have shape ", shape, "; got ", tensor.sizes());
 }
 
+// Whether the elements of each row are neighbours; a single one may have any stride.
+inline bool has_contiguous_rows(at::Tensor const& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
+}
+
 // softmax_lse and its gradient.
 inline void check_rows(at::Tensor const& tensor, char const* name, at::Tensor const& q) {
   check_device(tensor, name, q);

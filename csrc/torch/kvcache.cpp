@@ -68,7 +68,7 @@ void check_lengths(at::Tensor const& q, at::Tensor const& k_cache, int64_t batch
   check_device(table, "block_table", q);
   TORCH_CHECK(!arguments.batch_idx, "Paged KVcache does not support cache_batch_idx");
   TORCH_CHECK(table.scalar_type() == at::kInt && table.dim() == 2 && table.size(0) == batch &&
-                  (table.stride(1) == 1 || table.size(1) <= 1),
+                  has_contiguous_rows(table),
               "block_table: must have dtype int32, shape (batch, max_blocks) with batch = ", batch,
               " and a contiguous last dimension; got ", table.scalar_type(), ", ", table.sizes());
   TORCH_CHECK(k_cache.size(1) > 0 && k_cache.size(1) % 16 == 0,
@@ -131,7 +131,7 @@ at::Tensor append(Append const& rows, at::Tensor const& q, Problem const& proble
                 cos.sizes());
     check_like(cos, "rotary_cos", q, cos.sizes());
     check_like(sin, "rotary_sin", q, cos.sizes());
-    TORCH_CHECK(cos.stride(1) == 1 && sin.stride(1) == 1,
+    TORCH_CHECK(has_contiguous_rows(cos) && has_contiguous_rows(sin),
                 "rotary_cos and rotary_sin must have a contiguous last dimension");
     int64_t const rotary_dim = 2 * cos.size(1);
     TORCH_CHECK(rotary_dim <= q.size(-1), "rotary_dim must be <= headdim; got ", rotary_dim);
