@@ -4,6 +4,7 @@ Environment variables
     FLASH_ATTN_CUDA_ARCHS       "80;90": targets; default: the visible GPU's, "80;90" without one
     FLASH_ATTN_HEAD_DIMS        "64,128": head dimensions to build; default: all of kernel_list.py
     FLASH_ATTN_DTYPES           "bf16": dtypes to build; default: "fp16,bf16"
+    FLASH_ATTN_TEST_UNITS       1: with a unit for tests of the build alone
     FLASH_ATTN_SKIP_CUDA_BUILD  1: the Python package and the CPU backend only
     MAX_JOBS                    compilers at once; default: min(cores, free memory / 5 GB)
     CUTLASS_PATH                a CUTLASS (4.2 or later) on disk; default: the pinned wheel, downloaded once
@@ -29,10 +30,11 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+NVCC_OF_UNIT = ROOT / "csrc" / "nvcc_of_unit.py"
 sys.path.insert(0, str(ROOT))
 
 from csrc import build_config  # noqa: E402
-from csrc.build_config import BuildError, Plan  # noqa: E402
+from csrc.build_config import BuildError, Plan, Toolkit  # noqa: E402
 from csrc.kernels.generate import generate  # noqa: E402
 from third_party.fetch_cutlass import CutlassError, fetch_cutlass  # noqa: E402
 
@@ -140,6 +142,16 @@ def cxx_compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
 
 
+def nvcc_command(toolkit: Toolkit) -> str:
+    """What ninja runs for .cu files: each unit with its own targets, through ccache where there is one."""
+    given = os.environ.get("PYTORCH_NVCC", "")
+    if str(NVCC_OF_UNIT) in given:
+        return given
+    ccache = "ccache " if shutil.which("ccache") else ""
+    compiler = given or ccache + shlex.quote(str(toolkit.nvcc))
+    return f"{shlex.join([sys.executable, str(NVCC_OF_UNIT)])} {compiler}"
+
+
 def make_extension(plan: Plan):
     """The flash_attn_2_cuda extension of a plan, with its generated sources written."""
     toolkit = plan.toolkit
@@ -152,12 +164,17 @@ def make_extension(plan: Plan):
     os.environ["MAX_JOBS"] = str(jobs)
     os.environ["CUDA_HOME"] = str(toolkit.root)  # read when torch.utils.cpp_extension is imported
     os.environ["NINJA_STATUS"] = "[%f/%t, %e s] "
-    if shutil.which("ccache"):
-        os.environ.setdefault("PYTORCH_NVCC", f"ccache {toolkit.nvcc}")
+    os.environ["PYTORCH_NVCC"] = nvcc_command(toolkit)
     from torch.utils.cpp_extension import CUDAExtension
 
     os.chdir(ROOT)
-    generated = generate(build_config.GENERATED, plan.archs, plan.head_dims, plan.dtypes)
+    generated = generate(
+        build_config.GENERATED,
+        plan.archs,
+        plan.head_dims,
+        plan.dtypes,
+        test_units=plan.test_units,
+    )
     sources = [*generated[:-1], *build_config.handwritten_sources(), generated[-1]]
     print(
         f"flash_attn: CUTLASS {cutlass.version}, {len(sources)} files, {jobs} at a time", flush=True

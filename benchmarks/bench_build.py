@@ -5,7 +5,7 @@
     python benchmarks/bench_build.py --show                   the tables of the last run
 
 Compiles with setup.py's flags and without a compiler cache, writes results/build.json and prints the tables.
-Only csrc/torch needs torch.  The exit status is 1 when a kernel spills or uses local memory.
+Only csrc/torch needs torch.  The exit status is 1 when a kernel spills, uses local memory or serialises wgmma.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ if str(ROOT) not in sys.path:
 
 from csrc import build_config  # noqa: E402
 from csrc.build_config import BuildError, Toolkit  # noqa: E402
-from csrc.kernels import kernel_list  # noqa: E402
-from csrc.kernels.generate import generate  # noqa: E402
+from csrc.kernels.generate import generate, targets_of  # noqa: E402
 from third_party.fetch_cutlass import Cutlass, CutlassError, fetch_cutlass  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "build.json"
@@ -55,23 +54,30 @@ class Kernel:
     spill_loads: int = 0
     stack: int = 0
     smem: int = 0  # static only
+    serialized: list[str] = field(default_factory=list)  # ptxas on wgmma that runs one at a time
 
     @property
     def is_clean(self) -> bool:
-        """Neither spills nor local memory."""
-        return self.spill_stores == self.spill_loads == self.stack == 0
+        """Neither spills nor local memory nor serialised wgmma."""
+        return self.spill_stores == self.spill_loads == self.stack == 0 and not self.serialized
 
 
 def parse_ptxas(text: str) -> list[Kernel]:
     """Kernels in the output of `nvcc -Xptxas -v`, with mangled names.
 
     What ptxas says of a function that was not inlined counts for the kernel it is listed under.
+    Its words on wgmma (C7510, C7517, ...) come before all kernels, with a function's name; those of
+    a function that is no kernel count for the first kernel.
     """
     kernels: list[Kernel] = []
+    serialized: list[tuple[str, str]] = []  # function, what ptxas says
     for line in text.splitlines():
         entry = re.search(r"Compiling entry function '([^']+)' for '([^']+)'", line)
         if entry:
             kernels.append(Kernel(entry[1], entry[2]))
+        wgmma = re.search(r"\((C75\d\d)\) (.+?) in (?:the )?function '([^']+)'", line)
+        if wgmma:
+            serialized.append((wgmma[3], f"{wgmma[1]}: {wgmma[2]}"))
         if not kernels:
             continue
         kernel = kernels[-1]
@@ -87,6 +93,10 @@ def parse_ptxas(text: str) -> list[Kernel]:
             kernel.registers = int(used[1])
             smem = re.search(r"(\d+) bytes smem", line)
             kernel.smem = int(smem[1]) if smem else 0
+    for function, text in serialized:
+        found = [kernel for kernel in kernels if kernel.name == function] or kernels[:1]
+        for kernel in found:
+            kernel.serialized.append(text)
     return kernels
 
 
@@ -143,12 +153,16 @@ class Compiler:
     cutlass: Cutlass
     archs: tuple[int, ...]
 
+    def archs_of(self, source: Path) -> tuple[int, ...]:
+        """Architectures for which source is compiled."""
+        return targets_of(ROOT / source) or self.archs
+
     def command(self, source: Path, output: Path, depfile: Path) -> list[str]:
         """Command that compiles source; for .cu files ptxas reports."""
         includes = build_config.include_flags(self.cutlass.include, self.toolkit)
         tail = ["-MD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
         if source.suffix == ".cu":
-            flags = build_config.nvcc_flags(self.archs)
+            flags = build_config.nvcc_flags(self.archs_of(source))
             position_independent = ["-Xcompiler", "-fPIC", "-Xptxas", "-v"]
             return [str(self.toolkit.nvcc), *includes, *flags, *position_independent, *tail]
         flags = build_config.cxx_flags(self.toolkit)
@@ -201,7 +215,7 @@ def compile_file(compiler: Compiler, source: Path, folder: Path, jobs: int = 1) 
         seconds=round(seconds, 1),
         peak_gb=round(usage.ru_maxrss * 1024 / 1e9, 2),
         object_mb=round(output.stat().st_size / 1e6, 2),
-        archs=list(compiler.archs),
+        archs=list(compiler.archs_of(source)),
         jobs=jobs,
         inputs=inputs,
         hash=code_hash(inputs),
@@ -227,13 +241,14 @@ def sources_of_build(archs: tuple[int, ...]) -> list[Path]:
 
 
 def select(sources: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """Sources by file name without suffix, or by a unit's short name (fwd_hd128_bf16).
+    """Sources by file name without suffix, or by a unit's short name (fwd_hd128_bf16) if one isa has it.
 
     Raises BuildError for a name that is in none.
     """
     by_name = {source.stem: source for source in sources}
     by_name |= {f"{s.parent.name}_{s.stem}": s for s in sources}
-    by_name |= {u.symbol: by_name[u.name] for u in kernel_list.units() if u.name in by_name}
+    short = [re.sub(r"_sm\d+_", "_", source.stem) for source in sources]
+    by_name |= {n: s for n, s in zip(short, sources, strict=True) if short.count(n) == 1}
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise BuildError(f"no unit {unknown[0]!r}; there are {', '.join(s.stem for s in sources)}")
@@ -341,7 +356,8 @@ def main() -> None:
     print(f"\n{tables(report)}\n\n{len(units)} files in {wall:.0f} s, {args.jobs} at a time")
     dirty = [k.name for unit in units for k in unit.kernels if not k.is_clean]
     if dirty:
-        sys.exit(f"{len(dirty)} kernels spill or use local memory: {', '.join(dirty)}")
+        names = ", ".join(dirty)
+        sys.exit(f"{len(dirty)} kernels spill, use local memory or serialise wgmma: {names}")
 
 
 if __name__ == "__main__":

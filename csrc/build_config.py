@@ -90,6 +90,13 @@ def parse_dtypes(text: str) -> tuple[str, ...]:
     return tuple(d for d in DTYPES if d in chosen) if chosen else DTYPES
 
 
+def parse_switch(name: str, text: str) -> bool:
+    """A variable that is 0 or 1; empty: 0."""
+    if text not in ("", "0", "1"):
+        raise BuildError(f"{name}={text!r} is neither 0 nor 1")
+    return text == "1"
+
+
 def parse_max_jobs(text: str) -> int | None:
     """MAX_JOBS as a number, None when it is empty."""
     if not text.strip():
@@ -271,6 +278,7 @@ class Plan:
     archs: tuple[int, ...] = ()
     head_dims: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
+    test_units: bool = False
 
     @property
     def has_extension(self) -> bool:
@@ -301,6 +309,7 @@ def make_plan(env: Mapping[str, str], toolkit: Toolkit | None, torch: Torch | st
     requested = parse_archs(env.get("FLASH_ATTN_CUDA_ARCHS", ""))
     head_dims = parse_head_dims(env.get("FLASH_ATTN_HEAD_DIMS", ""))
     dtypes = parse_dtypes(env.get("FLASH_ATTN_DTYPES", ""))
+    test_units = parse_switch("FLASH_ATTN_TEST_UNITS", env.get("FLASH_ATTN_TEST_UNITS", ""))
     python_only = "installing the Python package with the CPU backend only"
     if isinstance(torch, str):
         return Plan(f"{torch} in this environment: {python_only}")
@@ -328,15 +337,13 @@ def make_plan(env: Mapping[str, str], toolkit: Toolkit | None, torch: Torch | st
         f"flash_attn_2_cuda for {', '.join(f'sm_{a}' for a in archs)} ({source}), "
         f"head_dim {', '.join(map(str, head_dims))}, {', '.join(dtypes)}"
     )
-    return Plan(message, toolkit, torch, archs, head_dims, dtypes)
+    return Plan(message, toolkit, torch, archs, head_dims, dtypes, test_units)
 
 
 def plan_from_environment() -> Plan:
     """The plan of this machine.  Imports torch unless FLASH_ATTN_SKIP_CUDA_BUILD=1."""
-    skip = os.environ.get("FLASH_ATTN_SKIP_CUDA_BUILD", "")
-    if skip not in ("", "0", "1"):
-        raise BuildError(f"FLASH_ATTN_SKIP_CUDA_BUILD={skip!r} is neither 0 nor 1")
-    if skip == "1":
+    skip = "FLASH_ATTN_SKIP_CUDA_BUILD"
+    if parse_switch(skip, os.environ.get(skip, "")):
         return Plan(
             "FLASH_ATTN_SKIP_CUDA_BUILD=1: installing the Python package with the CPU backend only"
         )
@@ -360,7 +367,10 @@ def include_flags(cutlass: Path, toolkit: Toolkit) -> list[str]:
 
 
 def gencode(arch: int) -> list[str]:
-    """nvcc's target of one architecture: SASS only; sm_90 with its own instructions."""
+    """nvcc's target of one architecture: SASS only; sm_90 with its own instructions.
+
+    Two words, so that csrc/nvcc_of_unit.py finds them in a command.
+    """
     name = "90a" if arch == 90 else str(arch)
     return ["-gencode", f"arch=compute_{name},code=sm_{name}"]
 

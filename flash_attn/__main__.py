@@ -9,10 +9,15 @@ import torch
 
 import flash_attn
 from flash_attn import _ops
+from flash_attn._head_dims import MAX_HEAD_DIM
 
 REBUILD = "in the source directory: pip install -v --no-build-isolation ."
 MINIMUM_CAPABILITY = (8, 0)
-KERNELS = "sm80 (mma.sync, cp.async)"
+# What the kernels of an isa are made of, and the GPUs that they run on.
+ISAS = {
+    "sm90": "sm90 (wgmma, TMA): compute capability 9.0",
+    "sm80": "sm80 (mma.sync, cp.async): 8.0 and newer",
+}
 SERVES = {
     "fwd": "attention; with a cache: long prompts in one piece, of equal lengths",
     "bwd": "gradients",
@@ -36,13 +41,19 @@ def _gpus() -> list[tuple[str, tuple[int, int]]]:
 
 
 def _kernels(info: dict) -> list[str]:
-    """The table of CUDA kernels: one row per pass."""
+    """The table of CUDA kernels: one row per pass and isa, in the order in which they are asked."""
     rows = [("pass", "serves", "head_dim up to", "dtypes", "kernels")]
-    head_dims = ", ".join(map(str, sorted(info["head_dims"])))
-    for family in info["families"]:
-        serves = SERVES.get(family, "")
-        rows.append((family, serves, head_dims, ", ".join(info["dtypes"]), KERNELS))
+    for isa, name in dict.fromkeys((isa, name) for isa, name, _, _ in info["kernels"]):
+        built = [(d, dtype) for i, n, d, dtype in info["kernels"] if (i, n) == (isa, name)]
+        head_dims = ", ".join(map(str, sorted({head_dim for head_dim, _ in built})))
+        dtypes = ", ".join(sorted({dtype for _, dtype in built}))
+        rows.append((name, SERVES.get(name, ""), head_dims, dtypes, ISAS.get(isa, isa)))
     return _aligned(rows)
+
+
+def _passes(info: dict) -> set[str]:
+    """Passes that this build has kernels for."""
+    return {name for _, name, _, _ in info["kernels"]}
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
@@ -76,7 +87,7 @@ def missing_pieces(
             missing.append(f"a CUDA {cuda} toolkit (nvcc on PATH, or CUDA_HOME)")
         missing.append(f"the extension flash_attn_2_cuda: {REBUILD}")
     if info is not None:
-        unbuilt = ", ".join(family for family in SERVES if family not in info["families"])
+        unbuilt = ", ".join(name for name in SERVES if name not in _passes(info))
         if unbuilt:
             missing.append(f"kernels for {unbuilt} in flash_attn_2_cuda: {REBUILD}")
     for name, capability in gpus:
@@ -113,14 +124,20 @@ def report() -> str:
             f"CUTLASS {info['cutlass_version']}"
         )
 
-    lines += ["", "What serves what", "  CPU tensors, head_dim up to 256; fp64, fp32, bf16, fp16:"]
+    lines += [
+        "",
+        "What serves what",
+        f"  CPU tensors, head_dim up to {MAX_HEAD_DIM}; fp64, fp32, bf16, fp16:",
+    ]
     lines += [f"    {row}" for row in _aligned(CPU_FILES)]
     if info is None:
         lines.append("  CUDA tensors: nothing in this installation")
     else:
         lines.append("  CUDA tensors, each head_dim in the next kernel that holds it:")
         lines += [f"    {row}" for row in _kernels(info)]
-        if "decode" in info["families"]:
+        if info["isa"]:
+            lines.append(f"  FLASH_ATTN_ISA={info['isa']}: kernels of other isas are not used")
+        if "decode" in _passes(info):
             lines.append(f"  {BESIDE_DECODING}: csrc/kernels/common, every head_dim")
     missing = missing_pieces(info, torch.version.cuda, gpus, _has_nvcc())
     if missing:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from flash_attn._arguments import Lengths
+from flash_attn._head_dims import MAX_HEAD_DIM
 
-MAX_HEAD_DIM = 256
 PAGE_SIZE_MULTIPLE = 16
 
 CUDA_DTYPES = (torch.float16, torch.bfloat16)

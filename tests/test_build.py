@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -18,13 +19,14 @@ import flash_attn.__main__ as flash_main
 from csrc import build_config
 from csrc.build_config import BuildError, Toolkit, Torch
 from csrc.kernels import kernel_list
-from csrc.kernels.generate import generate
+from csrc.kernels.generate import LISTS, generate, targets_of
+from csrc.nvcc_of_unit import command_for_unit
 from third_party import fetch_cutlass
 from third_party.fetch_cutlass import CutlassError
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
-FAMILIES = ("fwd", "bwd", "decode")
+PASSES = ("fwd", "bwd", "decode")
 
 
 # --- Environment variables -------------------------------------------------------------------------
@@ -80,6 +82,16 @@ def test_dtypes_are_read() -> None:
 def test_bad_max_jobs_is_refused(text: str) -> None:
     with pytest.raises(BuildError, match="MAX_JOBS"):
         build_config.parse_max_jobs(text)
+
+
+@pytest.mark.parametrize("text, value", [("", False), ("0", False), ("1", True)])
+def test_switch_is_read(text: str, value: bool) -> None:
+    assert build_config.parse_switch("FLASH_ATTN_TEST_UNITS", text) is value
+
+
+def test_bad_switch_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="FLASH_ATTN_TEST_UNITS='yes' is neither 0 nor 1"):
+        build_config.make_plan({"FLASH_ATTN_TEST_UNITS": "yes"}, None, CUDA_TORCH)
 
 
 def test_bad_skip_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,21 +408,88 @@ def test_every_arch_has_its_target() -> None:
 
 def test_every_unit_is_generated_and_registered(tmp_path: Path) -> None:
     paths = generate(tmp_path, (90, 80))
-    units = kernel_list.units()
-    families = sum(map(len, kernel_list.FAMILIES.values()))
-    assert len(units) == families * len(kernel_list.HEAD_DIMS) * len(kernel_list.DTYPES)
+    units = kernel_list.units((90, 80))
+    passes = sum(map(len, kernel_list.PASSES.values()))
+    assert len(units) == passes * len(kernel_list.HEAD_DIMS) * len(kernel_list.DTYPES)
     assert [p.name for p in paths] == [f"{u.name}.cu" for u in units] + ["registry.cpp"]
     registry = paths[-1].read_text()
     assert 'kBuiltArchs = "80,90"' in registry
     for unit, path in zip(units, paths, strict=False):
-        assert f"launch_{unit.family}<{unit.head_dim}, cutlass::" in path.read_text()
-        assert re.search(rf"\{{80, {unit.head_dim}, DType::k\w+, &sm80::{unit.symbol}\}}", registry)
+        text, entry = path.read_text(), f"{unit.pass_name.capitalize()}Entry const {unit.symbol}"
+        assert f"{unit.pass_name.capitalize()}<{unit.head_dim}, cutlass::" in text
+        assert f"{entry}{{" in text and f"{{ extern {entry}; }}" in registry
+        assert registry.count(f"    &{unit.isa}::{unit.symbol},\n") == 1
+
+
+def test_tables_of_the_registry_have_the_newest_isa_first(tmp_path: Path) -> None:
+    registry = generate(tmp_path, (80, 90), test_units=True)[-1].read_text()
+    tables = re.findall(r"k(\w+)Entries\[\] = \{\n(.*?)    nullptr,\n\};", registry, re.DOTALL)
+    assert [name.lower() for name, _ in tables] == list(PASSES)
+    for _, table in tables:
+        isas = re.findall(r"&(\w+)::", table)
+        assert isas == sorted(isas, reverse=True)
+    assert tables[0][1].startswith(f"    &sm90::{kernel_list.TEST_UNIT.symbol},\n")
+
+
+@pytest.mark.parametrize(
+    "archs, head_dims, is_there",
+    [((80, 90), None, True), ((90,), None, True), ((80,), None, False), ((90,), (128,), False)],
+)
+def test_unit_of_an_isa_is_generated_where_an_architecture_has_it(
+    tmp_path: Path, archs: tuple[int, ...], head_dims: tuple[int, ...] | None, is_there: bool
+) -> None:
+    paths = {p.stem: p for p in generate(tmp_path, archs, head_dims, test_units=True)}
+    assert (kernel_list.TEST_UNIT.name in paths) == is_there
+    assert ("sm90" in paths["registry"].read_text()) == is_there
+    targets = {name: targets_of(path) for name, path in paths.items()}
+    assert targets.pop("registry") is None
+    assert targets.pop(kernel_list.TEST_UNIT.name, (90,)) == (90,)
+    assert set(targets.values()) == {archs}
+
+
+def test_unit_for_tests_is_in_no_other_build() -> None:
+    assert kernel_list.TEST_UNIT not in kernel_list.units((80, 90))
+
+
+def test_a_unit_is_compiled_for_its_own_targets_alone(tmp_path: Path) -> None:
+    paths = {p.stem: p for p in generate(tmp_path, (80, 90), test_units=True)}
+
+    def targets(source: str) -> list[str]:
+        flags = ["-O3", *build_config.nvcc_flags((80, 90)), "-Xptxas", "-v"]
+        command = ["ccache", "nvcc", "-MD", *flags[:1], "-c", source, "-o", "x.o", *flags[1:]]
+        changed = command_for_unit(command)
+        others = [w for w in command if w != "-gencode" and not w.startswith("arch=")]
+        assert [w for w in changed if w != "-gencode" and not w.startswith("arch=")] == others
+        return [w for before, w in itertools.pairwise(changed) if before == "-gencode"]
+
+    both = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"]
+    assert targets(str(paths[kernel_list.TEST_UNIT.name])) == both[1:]
+    assert targets(str(paths["fwd_sm80_hd64_bf16"])) == both
+    assert targets(str(ROOT / "csrc" / "kernels" / "common" / "kv_update.cu")) == both
+
+
+def test_nvcc_of_a_unit_runs_the_command_that_it_is_given(tmp_path: Path) -> None:
+    (unit,) = (p for p in generate(tmp_path, (80, 90), test_units=True) if "test_" in p.name)
+    script = ROOT / "csrc" / "nvcc_of_unit.py"
+    words = ["-gencode", "arch=compute_80,code=sm_80", "-Xcompiler", "'a b'", "-c", str(unit)]
+    command = [sys.executable, str(script), "printf", "[%s]", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    want = ["-Xcompiler", "'a b'", "-c", str(unit), "-gencode", "arch=compute_90a,code=sm_90a"]
+    assert result.stdout == "".join(f"[{word}]" for word in want)
+
+
+@pytest.mark.parametrize("path", LISTS, ids=lambda path: path.name)
+def test_committed_list_of_head_dims_is_the_generated_one(path: Path) -> None:
+    written = path.read_text()
+    assert written == LISTS[path](), "run csrc/kernels/generate.py --lists"
+    numbers = tuple(map(int, re.findall(r"\d+", re.search(r"= [({](.*?)[)}]", written)[1])))
+    assert numbers == kernel_list.HEAD_DIMS
 
 
 def test_units_of_a_partial_build(tmp_path: Path) -> None:
     names = {p.stem for p in generate(tmp_path, (90,), (64, 128), ("bf16",))}
     assert names == {
-        f"{family}_sm80_hd{head_dim}_bf16" for family in FAMILIES for head_dim in (64, 128)
+        f"{name}_sm80_hd{head_dim}_bf16" for name in PASSES for head_dim in (64, 128)
     } | {"registry"}
     assert "half_t" not in (tmp_path / "fwd_sm80_hd64_bf16.cu").read_text()
     assert "fp16" not in (tmp_path / "registry.cpp").read_text().replace("kFp16", "")
@@ -665,7 +744,10 @@ def test_site_folders_hold_torch() -> None:
     assert str(Path(torch.__file__).parents[1]) in build_config.site_folders()
 
 
-@pytest.mark.parametrize("name", ["FLASH_ATTN_CUDA_ARCHS", "FLASH_ATTN_HEAD_DIMS", "MAX_JOBS"])
+@pytest.mark.parametrize(
+    "name",
+    ["FLASH_ATTN_CUDA_ARCHS", "FLASH_ATTN_HEAD_DIMS", "FLASH_ATTN_TEST_UNITS", "MAX_JOBS"],
+)
 def test_variables_are_documented(name: str) -> None:
     assert name in (ROOT / "setup.py").read_text().split('"""')[1]
 
@@ -686,7 +768,8 @@ INFO = {
     "archs": [80],
     "head_dims": [128, 64],
     "dtypes": ["bf16"],
-    "families": list(FAMILIES),
+    "kernels": [("sm80", name, d, "bf16") for name in PASSES for d in (128, 64)],
+    "isa": "",
     "cuda_version": "13.0",
     "cutlass_version": "4.2.1",
 }
@@ -697,8 +780,8 @@ def test_report_says_which_path_serves_what(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(flash_main._ops, "extension", extension)
     lines = flash_main.report().splitlines()
     rows = {line.split()[0]: line for line in lines if line.strip()}
-    for family in INFO["families"]:
-        assert all(cell in rows[family] for cell in ("64, 128", "bf16", "sm80")), rows[family]
+    for name in PASSES:
+        assert all(cell in rows[name] for cell in ("64, 128", "bf16", "sm80")), rows[name]
     assert "flash_attn_with_kvcache" in rows["decode"] and "paged" in rows["decode"]
     assert any("merge_states" in line and "common" in line for line in lines)
 
@@ -710,12 +793,26 @@ def test_report_names_files_that_exist() -> None:
         assert (ROOT / path).is_file(), path
 
 
-def test_report_knows_every_family() -> None:
-    built = {family for families in kernel_list.FAMILIES.values() for family in families}
-    assert built == set(FAMILIES) == set(flash_main.SERVES)
+def test_report_has_a_row_for_each_isa_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = [("sm90", "fwd", 64, "bf16"), ("sm90", "fwd", 64, "fp16")]
+    info = INFO | {"kernels": newer + INFO["kernels"], "isa": "sm80"}
+    monkeypatch.setattr(flash_main._ops, "extension", SimpleNamespace(build_info=lambda: info))
+    report = flash_main.report()
+    rows = [line.split() for line in report.splitlines() if line.split()[:1] == ["fwd"]]
+    assert ["sm90" in row for row in rows] == [True, False]
+    assert {"64", "bf16,", "fp16"} <= set(rows[0]) and "128" not in rows[0]
+    assert {"64,", "128", "sm80"} <= set(rows[1]) and "fp16" not in rows[1]
+    assert "FLASH_ATTN_ISA=sm80" in report
+
+
+def test_report_knows_every_isa_and_pass() -> None:
+    built = {name for passes in kernel_list.PASSES.values() for name in passes}
+    assert built == set(PASSES) == set(flash_main.SERVES)
+    assert list(flash_main.ISAS) == list(kernel_list.PASSES)
 
 
 H200 = ("H200", (9, 0))
+NO_DECODE = [kernel for kernel in INFO["kernels"] if kernel[1] != "decode"]
 
 
 @pytest.mark.parametrize(
@@ -729,7 +826,7 @@ H200 = ("H200", (9, 0))
         (INFO, "13.0", [("A100", (8, 0))], True, []),
         (INFO, "13.0", [("L4", (8, 9))], True, []),
         (INFO | {"archs": [90]}, "13.0", [H200], True, []),
-        (INFO | {"families": ["fwd", "bwd"]}, "13.0", [("A100", (8, 0))], True, ["for decode"]),
+        (INFO | {"kernels": NO_DECODE}, "13.0", [("A100", (8, 0))], True, ["for decode"]),
     ],
 )
 def test_report_names_what_is_missing(

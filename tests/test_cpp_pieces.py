@@ -52,8 +52,8 @@ def cutlass_include() -> Path | None:
     return next((f for f in folders if (f / "cute" / "tensor.hpp").is_file()), None)
 
 
-def build_and_run(name: str, tmp_path: Path, *, optimise: str, cute: bool) -> str:
-    """Compile cpp/<name>.cpp, run it and return what it printed."""
+def build(name: str, tmp_path: Path, *, optimise: str, cute: bool = False) -> Path:
+    """Compile cpp/<name>.cpp and return the program."""
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'kernels'}"]
     cuda = cuda_include()
     includes += [f"-isystem{CPP / 'stub'}"] if cuda is None else [f"-isystem{cuda}"]
@@ -67,7 +67,13 @@ def build_and_run(name: str, tmp_path: Path, *, optimise: str, cute: bool) -> st
     command = ["g++", *FLAGS, optimise, *includes, str(CPP / f"{name}.cpp"), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
-    ran = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    return program
+
+
+def run(program: Path, *arguments: str, **env: str) -> str:
+    """Run a program and return what it printed.  env: environment variables for it alone."""
+    command = [str(program), *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | env)
     sys.stdout.write(ran.stdout)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
@@ -79,18 +85,26 @@ def build_and_run(name: str, tmp_path: Path, *, optimise: str, cute: bool) -> st
     "name",
     [
         *("check_visibility", "check_tile_order", "check_shares", "check_split"),
-        *("check_kv_cache", "check_level", "check_dropout"),
+        *("check_kv_cache", "check_level", "check_dropout", "check_choose", "check_decode_plan"),
     ],
 )
 def test_integer_piece(name: str, tmp_path: Path) -> None:
-    assert " 0 wrong" in build_and_run(name, tmp_path, optimise="-O2", cute=False)
+    assert " 0 wrong" in run(build(name, tmp_path, optimise="-O2"))
+
+
+@needs_source
+@needs_compiler
+def test_dispatch_to_made_up_kernels(tmp_path: Path) -> None:
+    program = build("check_dispatch", tmp_path, optimise="-O1")
+    for isa in ("", "sm80", "sm90", "hopper"):
+        assert " 0 wrong" in run(program, isa, FLASH_ATTN_ISA=isa)
 
 
 @needs_source
 @needs_compiler
 @pytest.mark.parametrize("name", ["check_mask", "check_fragment"])
 def test_layout_piece(name: str, tmp_path: Path) -> None:
-    assert " 0 wrong" in build_and_run(name, tmp_path, optimise="-O1", cute=True)
+    assert " 0 wrong" in run(build(name, tmp_path, optimise="-O1", cute=True))
 
 
 @needs_source

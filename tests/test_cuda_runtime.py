@@ -279,11 +279,12 @@ def test_head_dimension_that_is_not_built_names_the_variable(device: str) -> Non
 def test_build_info(device: str) -> None:
     info = cuda_build()
     assert set(info) >= {
-        *("archs", "head_dims", "dtypes", "families", "cuda_version", "cutlass_version"),
+        *("archs", "head_dims", "dtypes", "kernels", "isa", "cuda_version", "cutlass_version"),
     }
     assert all(isinstance(a, int) for a in info["archs"] + info["head_dims"])
     assert set(info["dtypes"]) <= {"fp16", "bf16"}
-    assert set(info["families"]) == {"fwd", "bwd", "decode"}
+    assert {name for _, name, _, _ in info["kernels"]} == {"fwd", "bwd", "decode"}
+    assert {d for _, _, d, _ in info["kernels"]} == set(info["head_dims"])
     assert info["cuda_version"].split(".")[0] == torch.version.cuda.split(".")[0]
 
 

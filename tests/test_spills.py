@@ -1,4 +1,7 @@
-"""No shipped kernel spills registers or uses local memory.  Needs nvcc for fresh compilations, never a GPU."""
+"""No shipped kernel spills registers, uses local memory or serialises wgmma.
+
+Needs nvcc for fresh compilations, never a GPU.
+"""
 
 import json
 import os
@@ -34,6 +37,15 @@ CALLEE = """\
 ptxas info    : Function properties for _Z6calleev
     32 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
 """
+# Of CUDA 13.0, for a kernel that changes an accumulator between two wgmma instructions.
+SERIALIZED = (
+    "ptxas info    : (C7519) warpgroup.arrive is injected in around line 42 by compiler to allow "
+    "use of registers in GMMA in function '_Z6serialPfmm'\n"
+    "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are "
+    "serialized due to insufficient register resources for the wgmma pipeline in the function "
+    "'_Z6serialPfmm'\n"
+    "ptxas info    : 0 bytes gmem\n"
+)
 
 
 def test_parser_reads_registers_and_shared_memory() -> None:
@@ -53,6 +65,19 @@ def test_parser_reads_spills_of_each_kernel() -> None:
 def test_parser_counts_functions_that_were_not_inlined() -> None:
     (kernel,) = bench_build.parse_ptxas(CLEAN + CALLEE)
     assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (32, 4, 4)
+
+
+def test_parser_reads_serialized_wgmma_of_the_kernel_that_has_it() -> None:
+    serial = CLEAN.replace("_Z3fooPf", "_Z6serialPfmm")
+    clean, dirty = bench_build.parse_ptxas(SERIALIZED + CLEAN + serial)
+    assert clean.is_clean and not dirty.is_clean
+    assert [text.partition(":")[0] for text in dirty.serialized] == ["C7519", "C7511"]
+    assert "wgmma.mma_async instructions are serialized" in dirty.serialized[1]
+
+
+def test_parser_keeps_serialized_wgmma_of_a_function_that_is_no_kernel() -> None:
+    (kernel,) = bench_build.parse_ptxas(SERIALIZED + CLEAN)
+    assert not kernel.is_clean
 
 
 def test_parser_of_text_without_kernels() -> None:
@@ -95,6 +120,30 @@ def test_the_check_sees_a_kernel_that_uses_local_memory(
     assert not kernel.is_clean
 
 
+def test_the_check_sees_a_kernel_whose_wgmma_is_serialized(
+    compiler: bench_build.Compiler, tmp_path: Path
+) -> None:
+    source = tmp_path / "serial.cu"
+    source.write_text(
+        "__global__ void serial(float* x, unsigned long long a, unsigned long long b) {\n"
+        "  float c[4] = {x[0], x[1], x[2], x[3]};\n"
+        '  asm volatile("wgmma.fence.sync.aligned;");\n'
+        "  for (int i = 0; i < 4; ++i) {\n"
+        '    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 "\n'
+        '                 "{%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"\n'
+        '                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "l"(a + i), "l"(b));\n'
+        "    c[0] += 1.f;\n"  # the product before must have ended
+        "  }\n"
+        '  asm volatile("wgmma.commit_group.sync.aligned;");\n'
+        '  asm volatile("wgmma.wait_group.sync.aligned 0;");\n'
+        "  for (int i = 0; i < 4; ++i) x[i] = c[i];\n"
+        "}\n"
+    )
+    (kernel,) = bench_build.compile_file(compiler, source, tmp_path).kernels
+    assert any("serialized" in text for text in kernel.serialized)
+    assert not kernel.is_clean
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNITS)
 def test_kernels_compile_without_spills(
@@ -117,7 +166,8 @@ def report() -> dict[str, dict]:
 
 def _kernel_units() -> list[str]:
     common = sorted((ROOT / "csrc/kernels/common").glob("*.cu"))
-    return [u.name for u in kernel_list.units()] + [path.stem for path in common]
+    units = kernel_list.units((bench_build.DEFAULT_ARCH,))
+    return [u.name for u in units] + [path.stem for path in common]
 
 
 @pytest.mark.parametrize("name", _kernel_units())

@@ -1,27 +1,25 @@
-// From a problem to its kernel: device, head dimension and dtype to an entry of the registry, or a message that says what is built.
-#include <algorithm>
-#include <cstdio>
+// From a call to its kernel: the first entry of the registry that serves it plans and launches, or a message says what is built.
 #include <string>
 
 #include "flash.h"
+#include "host/choose.h"
+#include "host/counters.h"
+#include "host/failure.h"
+#include "host/names.h"
+#include "host/pinned.h"
 #include "host/registry.h"
-#include "kernels/sm80/tile_config.h"
+#include "kernels/head_dims.h"
 #include "pieces/device_info.h"
-#include "pieces/level.h"
-#include "pieces/sequence.cuh"
-#include "pieces/split.cuh"
 
 namespace flash {
 namespace {
 
-char const* name_of(DType dtype) { return dtype == DType::kFp16 ? "fp16" : "bf16"; }
-
 // Comma-separated, each value once, in the order of the table.
 template <class EntryType, class Name>
-std::string list_of(EntryType const* entries, Name name) {
+std::string list_of(EntryType const* const* entries, Name name) {
   std::string list;
-  for (EntryType const* entry = entries; entry->launch; ++entry) {
-    std::string const value = name(*entry);
+  for (; *entries; ++entries) {
+    std::string const value = name(**entries);
     if (("," + list + ",").find("," + value + ",") == std::string::npos) {
       list += (list.empty() ? "" : ",") + value;
     }
@@ -29,128 +27,93 @@ std::string list_of(EntryType const* entries, Name name) {
   return list;
 }
 
-std::string head_dims_of(FwdEntry const* entries) {
-  return list_of(entries, [](FwdEntry const& entry) { return std::to_string(entry.head_dim); });
-}
-std::string dtypes_of(FwdEntry const* entries) {
-  return list_of(entries, [](FwdEntry const& entry) { return std::string(name_of(entry.dtype)); });
+template <class Params>
+Entry<Params> const* choose(Entry<Params> const* const* entries, Params const& params) {
+  return choose(entries, params, built_head_dim(params.problem.head_dim),
+                {pinned_number(), &compute_capability});
 }
 
-// Text that outlives the call: each thread keeps its last message.
-template <class... Args>
-Status failure(cudaError_t code, char const* format, Args... args) {
-  thread_local char message[512];
-  std::snprintf(message, sizeof(message), format, args...);
-  return {code, message};
+// Why no entry serves.
+template <class Params>
+Status nothing_serves(Entry<Params> const* const* entries, Params const& params) {
+  Problem const& problem = params.problem;
+  int const head_dim     = built_head_dim(problem.head_dim);
+  if (pinned_number() == kNoIsa) {
+    return failure(cudaErrorInvalidValue, "FLASH_ATTN_ISA=%.64s is no isa: sm90 or sm80",
+                   pinned_isa());
+  }
+  bool is_built = false;
+  for (auto entry = entries; *entry; ++entry) {
+    is_built |= is_for(**entry, head_dim, problem.dtype);
+  }
+  if (is_built) {
+    return failure(cudaErrorInvalidValue,
+                   "no kernel for head_dim %d with %s serves this call on this GPU (built for: %s; "
+                   "allowed by FLASH_ATTN_ISA: %s)",
+                   head_dim, name_of(problem.dtype),
+                   list_of(entries, [](auto const& entry) { return name_of(entry.isa); }).c_str(),
+                   *pinned_isa() ? pinned_isa() : "all");
+  }
+  return failure(
+      cudaErrorInvalidValue,
+      "head_dim %d with %s needs the kernel for head_dim %d, which is not in this build "
+      "(built: head_dim %s; dtype %s). "
+      "Rebuild with FLASH_ATTN_HEAD_DIMS and FLASH_ATTN_DTYPES unset, or set so that "
+      "they hold %d and %s",
+      problem.head_dim, name_of(problem.dtype), head_dim,
+      list_of(entries, [](auto const& entry) { return std::to_string(entry.head_dim); }).c_str(),
+      list_of(entries, [](auto const& entry) { return name_of(entry.dtype); }).c_str(), head_dim,
+      name_of(problem.dtype));
 }
 
 template <class Params>
-Status launch(Entry<Params> const* entries, Params const& params, cudaStream_t stream) {
-  Problem const& problem = params.problem;
-  int const head_dim     = built_head_dim(problem.head_dim);
-  for (Entry<Params> const* entry = entries; entry->launch; ++entry) {
-    if (entry->head_dim != head_dim || entry->dtype != problem.dtype) { continue; }
-    cudaError_t const code = entry->launch(params, stream);
-    if (code == cudaSuccess) { return {cudaSuccess, nullptr}; }
-    return failure(code,
-                   "launch of the kernel for head_dim %d, %s failed: %s (built for architectures "
-                   "%s; this GPU allows %d KB of "
-                   "shared memory per thread block)",
-                   head_dim, name_of(problem.dtype), cudaGetErrorString(code), kBuiltArchs,
-                   smem_limit_bytes() / 1024);
-  }
-  return failure(cudaErrorInvalidValue,
-                 "head_dim %d with %s needs the kernel for head_dim %d, which is not in this build "
-                 "(built: head_dim %s; dtype %s). "
-                 "Rebuild with FLASH_ATTN_HEAD_DIMS and FLASH_ATTN_DTYPES unset, or set so that "
-                 "they hold %d and %s",
-                 problem.head_dim, name_of(problem.dtype), head_dim,
-                 head_dims_of(kFwdEntries).c_str(), dtypes_of(kFwdEntries).c_str(), head_dim,
-                 name_of(problem.dtype));
+Plan make_plan(Entry<Params> const* entry, Params const& params) {
+  Plan plan{};
+  plan.entry = entry;
+  if (entry) { entry->plan(params, plan); }
+  return plan;
 }
 
-// A guess must not lead to memory that is not the cache's: what it comes from are lengths alone, and these end at the capacity.
-bool can_look_ahead(Problem const& problem, KvCache const& cache) {
-  constexpr bool kLooksAhead = true;
-  return kLooksAhead && problem.batch == 1 && !problem.cu_seqlens_q && !problem.cu_seqlens_k &&
-         !cache.block_table && !cache.entries && cache.seqlen_new == 0;
+template <class Params>
+Status launch(Entry<Params> const* const* entries, Params const& params, Plan const& plan,
+              void* workspace, cudaStream_t stream) {
+  auto const* const entry = static_cast<Entry<Params> const*>(plan.entry);
+  if (!entry) { return nothing_serves(entries, params); }
+  Scratch scratch{workspace, nullptr};
+  if (plan.counters > 0) {
+    scratch.counters = zeroed_counters(plan.counters, stream);
+    if (!scratch.counters) {
+      return failure(cudaErrorMemoryAllocation, "out of CUDA memory for counters");
+    }
+  }
+  cudaError_t const code = entry->launch(params, plan, scratch, stream);
+  if (code == cudaSuccess) { return {cudaSuccess, nullptr}; }
+  return failure(code,
+                 "launch of the %s kernel for head_dim %d, %s failed: %s (built for architectures "
+                 "%s; this GPU allows %d KB of "
+                 "shared memory per thread block)",
+                 name_of(entry->isa), entry->head_dim, name_of(entry->dtype),
+                 cudaGetErrorString(code), kBuiltArchs, smem_limit_bytes() / 1024);
 }
 
 }  // namespace
 
 Status launch_fwd(FwdParams const& params, cudaStream_t stream) {
-  return launch(kFwdEntries, params, stream);
-}
-Status launch_bwd(BwdParams const& params, cudaStream_t stream) {
-  return launch(kBwdEntries, params, stream);
+  return launch(kFwdEntries, params, make_plan(choose(kFwdEntries, params), params), nullptr,
+                stream);
 }
 
-Status launch_decode(DecodeParams const& params, cudaStream_t stream) {
-  return launch(kDecodeEntries, params, stream);
+Plan plan_bwd(BwdParams const& params) { return make_plan(choose(kBwdEntries, params), params); }
+Status launch_bwd(BwdParams const& params, Plan const& plan, void* workspace, cudaStream_t stream) {
+  return launch(kBwdEntries, params, plan, workspace, stream);
 }
 
-BwdPlan plan_bwd(Problem const& problem) {
-  bool const small_smem    = kSmallTiles && has_small_smem();  // as in sm80/bwd/launch.cuh
-  int const head_dim       = built_head_dim(problem.head_dim);
-  sm80::BwdTile const tile = sm80::bwd_is_general(head_dim, level_of(problem))
-                                 ? sm80::general_bwd_tile(head_dim, small_smem)
-                                 : sm80::bwd_tile(head_dim, small_smem);
-  int64_t const blocks = query_block_count(problem, tile.block_m), rows = blocks * tile.block_m;
-  return {rows * head_dim, 2 * rows, blocks};
+Plan plan_decode(DecodeParams const& params) {
+  return make_plan(choose(kDecodeEntries, params), params);
 }
-
-DecodePlan plan_decode(Problem const& problem, KvCache const& cache, int num_splits) {
-  int const group = problem.heads_q / problem.heads_kv, rows = problem.seqlen_q * group;
-  bool const narrow = rows <= sm80::kNarrowRows;
-  sm80::DecodeTile const tile =
-      sm80::decode_tile(built_head_dim(problem.head_dim), narrow, kSmallTiles && has_small_smem());
-  // At least one query tile: its thread block clears rows of q that belong to no sequence.
-  int64_t const items =
-      int64_t(problem.batch) * problem.heads_kv * ceil_div(max_of(rows, 1), tile.block_m());
-  int const blocks = sm_count() * tile.ctas;  // that run at once
-  // Many query tiles keep every multiprocessor busy as they are, and those of a head that run together share its keys in L2.
-  constexpr int kManyItems = 4;
-  int splits               = num_splits;
-  // Of one head, at most; numbers of tiles are ints.
-  int64_t const most_tiles =
-      items / problem.heads_kv * (ceil_div(cache.capacity, tile.block_n()) + 1);
-  if (most_tiles > INT32_MAX) { splits = max_of(1, splits); }
-  if (splits == 0 && !narrow && items >= kManyItems * int64_t(blocks)) { splits = 1; }
-
-  DecodePlan plan{};
-  plan.group = group, plan.block_m = tile.block_m(), plan.splits = splits;
-  int64_t slots = 0;
-  if (splits > 0) {
-    plan.grid = items * splits, plan.workers = 1;
-    slots = splits > 1 ? items * splits : 0;
-  } else {
-    plan.grid    = problem.heads_kv;
-    plan.workers = int(
-        std::min<int64_t>(min_of(kMostParts, max_of(1, blocks / problem.heads_kv)), most_tiles));
-    // Not as a choice of each thread block, for equal lengths: those without work take a microsecond from the others.
-    if (narrow && problem.batch > 1 && keeps_whole(problem.batch, plan.workers)) {
-      plan.workers = problem.batch;
-    }
-    if (narrow && problem.batch == 1 && has_clusters()) {
-      plan.cluster_bits  = cluster_bits_for(plan.workers);
-      int const clusters = min_of(plan.workers >> plan.cluster_bits, kMergedParts);
-      if (plan.cluster_bits > 0) { plan.workers = clusters << plan.cluster_bits; }
-    }
-    slots            = 2 * plan.grid * plan.workers;
-    plan.looks_ahead = narrow && can_look_ahead(problem, cache);
-  }
-  plan.partial_o    = slots * tile.block_m() * built_head_dim(problem.head_dim);
-  plan.partial_rows = 2 * slots * tile.block_m();
-  plan.counters     = kMergeLevels * slots;
-  return plan;
-}
-
-BuildInfo build_info() {
-  static std::string const head_dims = head_dims_of(kFwdEntries), dtypes = dtypes_of(kFwdEntries);
-  static std::string const families = std::string(kFwdEntries[0].launch ? "fwd" : "") +
-                                      (kBwdEntries[0].launch ? ",bwd" : "") +
-                                      (kDecodeEntries[0].launch ? ",decode" : "");
-  return {kBuiltArchs, head_dims.c_str(), dtypes.c_str(), families.c_str()};
+Status launch_decode(DecodeParams const& params, Plan const& plan, void* workspace,
+                     cudaStream_t stream) {
+  return launch(kDecodeEntries, params, plan, workspace, stream);
 }
 
 }  // namespace flash

@@ -1,7 +1,7 @@
 """The only list of attention kernels: setup.py, the registry, the reports and the tests read it.
 
-A unit is one translation unit: a (minimum instruction set, family, head dimension, dtype) with all
-its variants inside.
+A unit is one translation unit: an (isa, pass, head dimension, dtype) with all its variants inside.
+An isa is the least instruction set that a kernel needs; a pass is fwd, bwd or decode.
 """
 
 from __future__ import annotations
@@ -10,53 +10,90 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Other head dimensions up to the largest run in the next larger kernel, by predicates.
+# csrc/kernels/head_dims.h and flash_attn/_head_dims.py are written from this line (generate.py).
 HEAD_DIMS: tuple[int, ...] = (32, 64, 96, 128, 192, 256)
 DTYPES: tuple[str, ...] = ("fp16", "bf16")
-# Minimum instruction set -> its families.  sm80 kernels serve every newer GPU too.
-FAMILIES: dict[str, tuple[str, ...]] = {"sm80": ("fwd", "bwd", "decode")}
+# The passes of each isa, the newest isa first: the first kernel that serves a call is taken.
+PASSES: dict[str, tuple[str, ...]] = {"sm90": (), "sm80": ("fwd", "bwd", "decode")}
+# Architectures for which an isa's kernels are compiled.  Those of isas that are not here are
+# compiled for every architecture of a build.
+ONLY_FOR: dict[str, tuple[int, ...]] = {"sm90": (90,)}
 
-_SLOWEST_FAMILY_FIRST = ("bwd", "decode", "fwd")
+_SLOWEST_PASS_FIRST = ("bwd", "decode", "fwd")
 
 
 @dataclass(frozen=True)
 class Unit:
     """One generated translation unit."""
 
-    isa: str  # "sm80": the minimum instruction set, and the folder of the kernel's headers
-    family: str  # "fwd", "bwd", "decode"
+    isa: str  # "sm80": also the folder of the kernel's headers
+    pass_name: str  # "fwd", "bwd", "decode"
     head_dim: int
     dtype: str  # "fp16", "bf16"
+    is_test: bool = False
 
     @property
     def symbol(self) -> str:
-        """Name of the launch function, for example fwd_hd128_bf16."""
-        return f"{self.family}_hd{self.head_dim}_{self.dtype}"
+        """Name of the registry's entry, for example fwd_hd128_bf16."""
+        test = "test_" if self.is_test else ""
+        return f"{test}{self.pass_name}_hd{self.head_dim}_{self.dtype}"
 
     @property
     def name(self) -> str:
         """Name of the generated file without its suffix, for example fwd_sm80_hd128_bf16."""
-        return f"{self.family}_{self.isa}_hd{self.head_dim}_{self.dtype}"
+        test = "test_" if self.is_test else ""
+        return f"{test}{self.pass_name}_{self.isa}_hd{self.head_dim}_{self.dtype}"
+
+    @property
+    def functions(self) -> str:
+        """The header's struct with the unit's functions, for example Fwd."""
+        return ("Test" if self.is_test else "") + self.pass_name.capitalize()
+
+    @property
+    def header(self) -> str:
+        """The header with the kernels and their launch."""
+        return f"{self.isa}/{'test' if self.is_test else self.pass_name}/launch.cuh"
+
+    @property
+    def isa_rank(self) -> int:
+        """0 for the newest isa."""
+        return list(PASSES).index(self.isa)
+
+    def archs(self, requested: Iterable[int]) -> tuple[int, ...]:
+        """Those of a build's architectures for which this unit is compiled."""
+        only = ONLY_FOR.get(self.isa)
+        return tuple(arch for arch in requested if only is None or arch in only)
+
+
+# In builds with FLASH_ATTN_TEST_UNITS=1.  It proves that an isa's units are compiled for the isa's
+# own architectures, listed, and passed over when they do not serve.
+TEST_UNIT = Unit("sm90", "fwd", 64, "bf16", is_test=True)
 
 
 def units(
-    head_dims: Iterable[int] | None = None, dtypes: Iterable[str] | None = None
+    archs: Iterable[int],
+    head_dims: Iterable[int] | None = None,
+    dtypes: Iterable[str] | None = None,
+    *,
+    test_units: bool = False,
 ) -> list[Unit]:
-    """Units of a build, the ones that compile longest first.
+    """Units of a build for archs, the ones that compile longest first.
 
     head_dims and dtypes select a part of HEAD_DIMS and DTYPES; None selects all.
     """
+    archs = tuple(archs)
     head_dims = HEAD_DIMS if head_dims is None else tuple(head_dims)
     dtypes = DTYPES if dtypes is None else tuple(dtypes)
     found = [
-        Unit(isa, family, head_dim, dtype)
-        for isa, families in FAMILIES.items()
-        for family in families
+        Unit(isa, pass_name, head_dim, dtype)
+        for isa, passes in PASSES.items()
+        for pass_name in passes
         for head_dim in HEAD_DIMS
-        if head_dim in head_dims
         for dtype in DTYPES
-        if dtype in dtypes
     ]
-    return sorted(found, key=lambda u: (_SLOWEST_FAMILY_FIRST.index(u.family), -u.head_dim))
+    found += [TEST_UNIT] if test_units else []
+    found = [u for u in found if u.head_dim in head_dims and u.dtype in dtypes and u.archs(archs)]
+    return sorted(found, key=lambda u: (_SLOWEST_PASS_FIRST.index(u.pass_name), -u.head_dim))
 
 
 # Thread blocks of these get 227 KB of shared memory; sm_80 has 163 KB.

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "host/prepare.h"
 #include "torch/checks.h"
 #include "torch/convert.h"
 

@@ -47,7 +47,7 @@ struct ProblemShape {
   int64_t batch, heads_kv, seqlen_q, seqlen_k;
 };
 
-// Fills what every family needs, for q (..., heads, head_dim); is_ragged: with rows of all sequences in one dimension.
+// Fills what every pass needs, for q (..., heads, head_dim); is_ragged: with rows of all sequences in one dimension.
 Problem make_problem(at::Tensor const& q, bool is_ragged, ProblemShape const& shape,
                      Options const& options);
 

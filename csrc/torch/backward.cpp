@@ -49,28 +49,23 @@ void backward(Saved const& saved, Lengths const* lengths, Options const& options
   };
   at::Tensor const dq = writable(dq_out), dk = writable(dk_out), dv = writable(dv_out);
 
-  BwdPlan const plan = plan_bwd(problem);
-  // One allocation: dq_accum, rows, then the turns as 32-bit integers.
-  int64_t const words = plan.dq_accum + plan.rows + (deterministic ? plan.turns : 0);
-  c10::DataPtr const workspace =
-      c10::cuda::CUDACachingAllocator::get()->allocate(size_t(words) * sizeof(float));
-  float* const base = static_cast<float*>(workspace.get());
-  float* const rows = base + plan.dq_accum;
   BwdParams params{};
-  params.problem   = problem;
-  params.dout      = ref(dout);
-  params.q         = ref(q);
-  params.k         = ref(k);
-  params.v         = ref(v);
-  params.out       = ref(out);
-  params.dq        = ref(dq);
-  params.dk        = ref(dk);
-  params.dv        = ref(dv);
-  params.lse       = lse.data_ptr<float>();
-  params.dlse      = saved.dlse ? dlse.data_ptr<float>() : nullptr;
-  params.workspace = {base, rows,
-                      deterministic ? reinterpret_cast<int*>(rows + plan.rows) : nullptr};
-  check_status(launch_bwd(params, c10::cuda::getCurrentCUDAStream()));
+  params.problem       = problem;
+  params.dout          = ref(dout);
+  params.q             = ref(q);
+  params.k             = ref(k);
+  params.v             = ref(v);
+  params.out           = ref(out);
+  params.dq            = ref(dq);
+  params.dk            = ref(dk);
+  params.dv            = ref(dv);
+  params.lse           = lse.data_ptr<float>();
+  params.dlse          = saved.dlse ? dlse.data_ptr<float>() : nullptr;
+  params.deterministic = deterministic;
+  Plan const plan      = plan_bwd(params);
+  c10::DataPtr const workspace =
+      c10::cuda::CUDACachingAllocator::get()->allocate(size_t(plan.workspace_bytes));
+  check_status(launch_bwd(params, plan, workspace.get(), c10::cuda::getCurrentCUDAStream()));
   if (!dq.is_same(dq_out)) { dq_out.copy_(dq); }
   if (!dk.is_same(dk_out)) { dk_out.copy_(dk); }
   if (!dv.is_same(dv_out)) { dv_out.copy_(dv); }

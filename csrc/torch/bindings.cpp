@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "flash.h"
+#include "torch/convert.h"
 #include "torch/fast_path/fast_path.h"
 #include "torch/operators.h"
 
@@ -28,26 +29,35 @@ TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
 
 namespace {
 
-pybind11::list split(char const* text, bool as_integers) {
+pybind11::list integers(char const* text) {
   pybind11::list parts;
   std::istringstream stream(text);
-  for (std::string part; std::getline(stream, part, ',');) {
-    if (as_integers) {
-      parts.append(std::stoi(part));
-    } else {
-      parts.append(part);
-    }
-  }
+  for (std::string part; std::getline(stream, part, ',');) { parts.append(std::stoi(part)); }
   return parts;
+}
+
+// Each value once, in the order of the kernels.
+template <class Get>
+pybind11::list values_of(flash::BuildInfo const& info, Get get) {
+  pybind11::list values;
+  for (int i = 0; i < info.kernel_count; ++i) {
+    pybind11::object const value = pybind11::cast(get(info.kernels[i]));
+    if (!values.contains(value)) { values.append(value); }
+  }
+  return values;
 }
 
 pybind11::dict build_info() {
   flash::BuildInfo const info = flash::build_info();
   pybind11::dict result;
-  result["archs"]     = split(info.archs, true);
-  result["head_dims"] = split(info.head_dims, true);
-  result["dtypes"]    = split(info.dtypes, false);
-  result["families"]  = split(info.families, false);
+  using Kernel        = flash::KernelInfo;
+  result["archs"]     = integers(info.archs);
+  result["head_dims"] = values_of(info, [](Kernel const& kernel) { return kernel.head_dim; });
+  result["dtypes"]    = values_of(info, [](Kernel const& kernel) { return kernel.dtype; });
+  result["kernels"]   = values_of(info, [](Kernel const& kernel) {
+    return std::make_tuple(kernel.isa, kernel.pass, kernel.head_dim, kernel.dtype);
+  });
+  result["isa"]       = flash::pinned_isa();
   result["cuda_version"] =
       std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   result["cutlass_version"] = std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) +
@@ -174,9 +184,13 @@ Tensors fwd_kvcache(at::Tensor q, at::Tensor k_cache, at::Tensor v_cache, Option
 
 PYBIND11_MODULE(flash_attn_2_cuda, m) {
   m.doc() = "CUDA kernels of flash_attn; importing registers the operators torch.ops.flash_attn.*";
+  m.def("build_info", &build_info,
+        "What this build holds: archs, head_dims, dtypes, kernels (isa, pass, head_dim, dtype), "
+        "cuda_version, cutlass_version; isa: the one that calls are limited to, or ''.");
   m.def(
-      "build_info", &build_info,
-      "What this build holds: archs, head_dims, dtypes, families, cuda_version, cutlass_version.");
+      "pin_isa", [](std::string const& isa) { flash::check_status(flash::pin_isa(isa.c_str())); },
+      "Limits calls to the kernels of one isa ('sm80'), as the environment's FLASH_ATTN_ISA does; "
+      "'' allows all.");
   // Called by flash_attn/flash_attn_interface.py; pybind11 takes longer to convert arguments than attention to one tile takes.
   auto const fast = [](auto function) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));

@@ -1,11 +1,11 @@
 // Operators flash_attn::_flash_attn_kvcache and merge_states on CUDA, and the forward pass with a block table.
 #include <ATen/ATen.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <limits>
 
-#include "host/counters.h"
 #include "torch/checks.h"
 #include "torch/convert.h"
 #include "torch/operators.h"
@@ -212,21 +212,11 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
     return {out, lse};
   }
   params.q = ref(q), params.out = ref(out), params.lse = lse.data_ptr<float>();
-  params.plan = plan_decode(params.problem, params.cache, int(num_splits));
-  at::Tensor partial, counters;
-  if (params.plan.counters > 0) {
-    partial = new_tensor({params.plan.partial_o + params.plan.partial_rows}, at::kFloat, q);
-    params.workspace.partial_o    = partial.data_ptr<float>();
-    params.workspace.partial_rows = params.workspace.partial_o + params.plan.partial_o;
-    if (params.plan.splits > 0) {
-      counters                  = at::zeros({params.plan.counters}, q.options().dtype(at::kInt));
-      params.workspace.counters = counters.data_ptr<int>();
-    } else {
-      params.workspace.counters = zeroed_counters(params.plan.counters, stream);
-      TORCH_CHECK(params.workspace.counters, "out of CUDA memory for counters");
-    }
-  }
-  check_status(launch_decode(params, stream));
+  params.num_splits = int(num_splits);
+  Plan const plan   = plan_decode(params);
+  c10::DataPtr const workspace =
+      c10::cuda::CUDACachingAllocator::get()->allocate(size_t(plan.workspace_bytes));
+  check_status(launch_decode(params, plan, workspace.get(), stream));
   return {out, lse};
 }
 

@@ -2,6 +2,7 @@
 #include <initializer_list>
 
 #include "check.h"
+#include "host/prepare.h"
 #include "pieces/dropout.cuh"
 
 using namespace flash;

@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "check.h"
+#include "host/prepare.h"
 #include "pieces/level.h"
 
 using namespace flash;

@@ -80,7 +80,7 @@ struct Backward {
   };
 
   // Q, dO, LSE and delta of a query block.
-  CUTE_DEVICE static void load_queries(BwdParams const& params, Head const& where,
+  CUTE_DEVICE static void load_queries(BwdKernelParams const& params, Head const& where,
                                        Memory const& memory, int stage, int m_block) {
     int const thread = opaque(int(threadIdx.x)), row0 = m_block * kBlockM;
     int const rows_left  = params.problem.seqlen_q - row0;
@@ -105,7 +105,7 @@ struct Backward {
     }
   }
 
-  CUTE_DEVICE static void load_keys(BwdParams const& params, Head const& where,
+  CUTE_DEVICE static void load_keys(BwdKernelParams const& params, Head const& where,
                                     Memory const& memory, int n_block) {
     int const thread = opaque(int(threadIdx.x)), row0 = n_block * kBlockN;
     auto const load = [&](TensorRef const& tensor, Element* target) {
@@ -237,7 +237,7 @@ struct Backward {
   }
 
   // dK and dV of one key block, and its share of dQ.  Shared memory must not be in use when it begins.
-  CUTE_DEVICE static void key_block(BwdParams const& params, Head const& where,
+  CUTE_DEVICE static void key_block(BwdKernelParams const& params, Head const& where,
                                     Memory const& memory, int n_block) {
     Problem const& problem = params.problem;
     See const see{problem.seqlen_q, problem.seqlen_k, kUnlimited,
@@ -288,7 +288,7 @@ struct Backward {
 
   // dK and dV take the places of K and V.
   template <class TensorK>
-  CUTE_DEVICE static void store_keys(BwdParams const& params, Head const& where,
+  CUTE_DEVICE static void store_keys(BwdKernelParams const& params, Head const& where,
                                      Memory const& memory, int n_block, TensorK& tdKrdK,
                                      TensorK& tdVrdV) {
     int const thread = opaque(int(threadIdx.x)), row0 = n_block * kBlockN;
@@ -313,7 +313,7 @@ struct Backward {
 // Thread block (x, y, z) takes the key blocks x, x + gridDim.x, ... of batch y, head z.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    backward_kernel(__grid_constant__ BwdParams const params) {
+    backward_kernel(__grid_constant__ BwdKernelParams const params) {
   using Pass = Backward<Traits>;
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Problem const& problem = params.problem;

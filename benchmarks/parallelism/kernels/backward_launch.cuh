@@ -9,7 +9,7 @@ namespace parallelism {
 // dQ from its sum: scaled, rounded, in rows again.  One thread block per slice of a query block.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kDqThreads)
-    backward_finish_kernel(__grid_constant__ BwdParams const params) {
+    backward_finish_kernel(__grid_constant__ BwdKernelParams const params) {
   using Element          = typename Traits::Element;
   Problem const& problem = params.problem;
   constexpr int kRows = Traits::kDqRows, kHeadDim = Traits::kHeadDim;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(Traits::kDqThreads)
 
 template <class Traits>
 cudaError_t run_backward(BackwardCall const& call, cudaStream_t stream) {
-  BwdParams const params = backward_params(call, Traits::kHeadDim);
+  BwdKernelParams const params = backward_params(call, Traits::kHeadDim);
   int const m_blocks     = ceil_div(call.seqlen, Traits::kBlockM);
   unsigned const batch = unsigned(call.batch), heads = unsigned(call.heads);
   cudaError_t status = cudaSuccess;

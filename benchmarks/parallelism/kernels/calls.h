@@ -3,7 +3,9 @@
 // Tensors are (batch, seqlen, heads, head_dim) of bf16, contiguous; queries and keys are equally many.
 #include <cuda_runtime_api.h>
 
+#include "common/bwd_workspace.h"
 #include "flash.h"
+#include "host/prepare.h"
 #include "pieces/tile_order.cuh"
 
 // Every unit exports <unit>_run(variant, call, stream) and <unit>_facts(variant, causal, facts); both return a cudaError_t.
@@ -73,9 +75,9 @@ inline flash::FwdParams forward_params(ForwardCall const& call, int head_dim) {
           call.lse};
 }
 
-inline flash::BwdParams backward_params(BackwardCall const& call, int head_dim) {
+inline flash::BwdKernelParams backward_params(BackwardCall const& call, int head_dim) {
   auto const ref = [&](void* data) { return tensor_ref(data, call.seqlen, call.heads, head_dim); };
-  flash::BwdParams params{};
+  flash::BwdKernelParams params{};
   params.problem =
       dense_problem(call.batch, call.seqlen, call.heads, head_dim, call.causal, call.scale);
   params.dout = ref(call.dout), params.q = ref(call.q), params.k = ref(call.k);

@@ -35,7 +35,7 @@ cudaError_t shipped_forward_facts(bool causal, KernelFacts* facts) {
 template <int kHeadDim>
 cudaError_t run_shipped_backward(BackwardCall const& call, cudaStream_t stream) {
   using Traits           = BwdTraits<kHeadDim, cutlass::bfloat16_t>;
-  BwdParams const params = backward_params(call, kHeadDim);
+  BwdKernelParams const params = backward_params(call, kHeadDim);
   Problem const& problem = params.problem;
   cudaError_t status     = cudaSuccess;
   if (call.parts & kPrepare) {

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "flash.h"
+#include "head_dims.h"
 #include "pieces/dropout.cuh"
 #include "pieces/integers.cuh"
 #include "pieces/visibility.cuh"
@@ -11,7 +12,7 @@
 namespace flash {
 namespace {
 
-constexpr int kWarps = 8, kMaxHeadDim = 256;
+constexpr int kWarps = 8;
 
 __device__ float to_float(__half x) { return __half2float(x); }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

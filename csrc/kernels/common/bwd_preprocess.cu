@@ -36,7 +36,7 @@ __device__ float dot(uint4 const& a, uint4 const& b) {
 // kChunks: parts of 64 columns in a row.
 template <class Pair, class Element, int kChunks>
 __global__ void __launch_bounds__(kThreads)
-    bwd_preprocess_kernel(__grid_constant__ BwdParams const params, int block_m,
+    bwd_preprocess_kernel(__grid_constant__ BwdKernelParams const params, int block_m,
                           int built_head_dim) {
   let_next_kernel_start();
   Problem const& problem = params.problem;
@@ -108,7 +108,7 @@ auto kernel_for(int head_dim) {
 
 }  // namespace
 
-cudaError_t launch_bwd_preprocess(BwdParams const& params, int block_m, int built_head_dim,
+cudaError_t launch_bwd_preprocess(BwdKernelParams const& params, int block_m, int built_head_dim,
                                   cudaStream_t stream) {
   if (block_m > kMaxBlockM) { return cudaErrorInvalidValue; }
   Problem const& problem = params.problem;

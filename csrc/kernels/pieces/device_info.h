@@ -29,6 +29,12 @@ inline int smem_limit_bytes() {
 // Multiprocessors of the current device; 1 when it cannot be asked.
 inline int sm_count() { return device_attribute<cudaDevAttrMultiProcessorCount>(1); }
 
+// Of the current device, for example 90; 0 when it cannot be asked.
+inline int compute_capability() {
+  return 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>(0) +
+         device_attribute<cudaDevAttrComputeCapabilityMinor>(0);
+}
+
 // Whether a kernel can wait for the one before it by itself (griddepcontrol), and thread blocks can be clusters: sm_90.
 inline bool has_dependent_launch() {
   return device_attribute<cudaDevAttrComputeCapabilityMajor>(0) >= 9;

@@ -52,11 +52,11 @@ FLASH_HD KeyRange key_range(CacheSequence const& sequence, Problem const& proble
 }
 
 #ifdef __CUDACC__
-// kEarly: while a kernel before may still write them.  Such lengths are a guess, and none of them stays in L1.
-enum class Lengths { kFinal, kEarly };
+// kEarly: a kernel before may still write the lengths that are read.  They are a guess, and none of them stays in L1.
+enum class LengthsAre { kFinal, kEarly };
 
-__device__ __forceinline__ int read_length(int const* place, Lengths lengths) {
-  if (lengths == Lengths::kFinal) { return __ldg(place); }
+__device__ __forceinline__ int read_length(int const* place, LengthsAre lengths) {
+  if (lengths == LengthsAre::kFinal) { return __ldg(place); }
   int value;
   asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(place));
   return value;
@@ -64,7 +64,7 @@ __device__ __forceinline__ int read_length(int const* place, Lengths lengths) {
 
 // Rows before anything is added.
 __device__ __forceinline__ int cached_rows(Problem const& problem, KvCache const& cache, int batch,
-                                           Lengths lengths = Lengths::kFinal) {
+                                           LengthsAre lengths = LengthsAre::kFinal) {
   if (problem.seqused_k) { return read_length(problem.seqused_k + batch, lengths); }
   int const* const cu = problem.cu_seqlens_k;
   return cu ? read_length(cu + batch + 1, lengths) - read_length(cu + batch, lengths)
@@ -73,7 +73,7 @@ __device__ __forceinline__ int cached_rows(Problem const& problem, KvCache const
 
 __device__ __forceinline__ CacheSequence cache_sequence(Problem const& problem,
                                                         KvCache const& cache, int batch,
-                                                        Lengths lengths = Lengths::kFinal) {
+                                                        LengthsAre lengths = LengthsAre::kFinal) {
   CacheSequence sequence{0, problem.seqlen_q, 0, 0};
   if (int const* const cu = problem.cu_seqlens_q) {
     sequence.q_row0   = read_length(cu + batch, lengths);

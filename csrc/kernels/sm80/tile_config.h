@@ -6,19 +6,7 @@
 #include "pieces/integers.cuh"
 #include "pieces/level.h"
 
-namespace flash {
-
-// Head dimensions with kernels of their own; others run in the next larger one.
-constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
-
-constexpr int built_head_dim(int head_dim) {
-  for (int built : kHeadDims) {
-    if (head_dim <= built) { return built; }
-  }
-  return 0;
-}
-
-namespace sm80 {
+namespace flash::sm80 {
 
 // --- Forward -------------------------------------------------------------------------------------
 
@@ -313,5 +301,4 @@ constexpr DecodeTile decode_tile(int head_dim, bool narrow, bool small_smem) {
   return narrow ? narrow_decode_tile(head_dim, small_smem) : wide_decode_tile(head_dim, small_smem);
 }
 
-}  // namespace sm80
-}  // namespace flash
+}  // namespace flash::sm80

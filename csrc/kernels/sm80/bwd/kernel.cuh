@@ -18,7 +18,8 @@ CUTE_DEVICE TileCoord key_tile(TileOrder const& order, int index) {
 
 template <class Traits, MaskKind kMask, Level kLevel>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
-    bwd_kernel(__grid_constant__ BwdParams const params, __grid_constant__ TileOrder const order) {
+    bwd_kernel(__grid_constant__ BwdKernelParams const params,
+               __grid_constant__ TileOrder const order) {
   using Element         = typename Traits::Element;
   using TileK           = typename Traits::TileK;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;

@@ -1,6 +1,7 @@
 #pragma once
 // Backward launch: preprocess, main kernel by mask, conversion of dQ.
 #include "common/bwd_preprocess.h"
+#include "entry.h"
 #include "pieces/device_info.h"
 #include "pieces/launch.cuh"
 #include "sm80/bwd/kernel.cuh"
@@ -15,7 +16,7 @@ constexpr bool kSameDq =
     std::is_same_v<typename Traits::MmaDq, typename General::MmaDq>;
 
 template <class Traits, class DqTraits, class Kernel>
-cudaError_t launch_bwd_kernels(BwdParams const& params, Kernel kernel, cudaStream_t stream) {
+cudaError_t launch_bwd_kernels(BwdKernelParams const& params, Kernel kernel, cudaStream_t stream) {
   using Element          = typename Traits::Element;
   Problem const& problem = params.problem;
   bool const ragged      = problem.cu_seqlens_q != nullptr;
@@ -46,7 +47,7 @@ cudaError_t launch_bwd_kernels(BwdParams const& params, Kernel kernel, cudaStrea
 }
 
 template <class Traits, class General>
-cudaError_t launch_bwd_variant(BwdParams const& params, cudaStream_t stream) {
+cudaError_t launch_bwd_variant(BwdKernelParams const& params, cudaStream_t stream) {
   using GeneralDq    = std::conditional_t<kSameDq<Traits, General>, Traits, General>;
   cudaError_t status = cudaSuccess;
   choose_kernel(params.problem, [&](auto mask, auto level) {
@@ -58,17 +59,34 @@ cudaError_t launch_bwd_variant(BwdParams const& params, cudaStream_t stream) {
   return status;
 }
 
-// kSmallTiles: this build is also for GPUs whose thread blocks get less shared memory than sm_90's.
+// The functions of a unit.  kSmallTiles: this build is also for GPUs whose thread blocks get less shared memory than sm_90's.
 template <int kHeadDim, class Element, bool kSmallTiles>
-cudaError_t launch_bwd(BwdParams const& params, cudaStream_t stream) {
-  if constexpr (kSmallTiles && has_small_bwd_tile(kHeadDim)) {
-    if (has_small_smem()) {
-      return launch_bwd_variant<BwdTraits<kHeadDim, Element, true>,
-                                BwdTraits<kHeadDim, Element, true, true>>(params, stream);
-    }
+struct Bwd {
+  static bool serves(BwdParams const&) { return true; }
+
+  static void plan(BwdParams const& params, Plan& plan) {
+    bool const small_smem         = kSmallTiles && has_small_smem();
+    BwdTile const tile            = bwd_is_general(kHeadDim, level_of(params.problem))
+                                        ? general_bwd_tile(kHeadDim, small_smem)
+                                        : bwd_tile(kHeadDim, small_smem);
+    BwdWorkspaceSizes const sizes = bwd_workspace_sizes(params, tile.block_m, kHeadDim);
+    plan.workspace_bytes          = sizes.bytes();
+    put_notes(plan, sizes);
   }
-  return launch_bwd_variant<BwdTraits<kHeadDim, Element>,
-                            BwdTraits<kHeadDim, Element, false, true>>(params, stream);
-}
+
+  static cudaError_t launch(BwdParams const& params, Plan const& plan, Scratch const& scratch,
+                            cudaStream_t stream) {
+    BwdKernelParams const all =
+        kernel_params(params, get_notes<BwdWorkspaceSizes>(plan), scratch.workspace);
+    if constexpr (kSmallTiles && has_small_bwd_tile(kHeadDim)) {
+      if (has_small_smem()) {
+        return launch_bwd_variant<BwdTraits<kHeadDim, Element, true>,
+                                  BwdTraits<kHeadDim, Element, true, true>>(all, stream);
+      }
+    }
+    return launch_bwd_variant<BwdTraits<kHeadDim, Element>,
+                              BwdTraits<kHeadDim, Element, false, true>>(all, stream);
+  }
+};
 
 }  // namespace flash::sm80

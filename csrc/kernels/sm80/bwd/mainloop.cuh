@@ -1,6 +1,7 @@
 #pragma once
 // The backward algorithm for one key tile: dK and dV of its keys over all query blocks (and query heads) that see them, and
 // its share of dQ.  Used by bwd_kernel.  No product is split between warps along its summation.
+#include "common/bwd_workspace.h"
 #include "pieces/address.cuh"
 #include "pieces/compiler.cuh"
 #include "pieces/dependent.cuh"
@@ -39,7 +40,7 @@ struct BwdMainloop {
 
   // dK is still to be multiplied by softmax_scale.  blocks must not be empty.
   template <class TensorK>
-  CUTE_DEVICE static void run(BwdParams const& params, Operands const& in,
+  CUTE_DEVICE static void run(BwdKernelParams const& params, Operands const& in,
                               Visibility<kMask> const& see, BlockRange const& blocks, int n_block,
                               Element* smem, TensorK& tdKrdK, TensorK& tdVrdV) {
     int const thread = threadIdx.x, col0 = n_block * kBlockN, head_dim = params.problem.head_dim;

@@ -1,6 +1,7 @@
 #pragma once
 // dQ from its fp32 sum: scaled, rounded, in rows again.  One thread block per (query block, query head, batch).
 // It shares the main kernel's MmaDq, in whose coordinates the sum lies: that is why it is not a kernel of its own unit.
+#include "common/bwd_workspace.h"
 #include "pieces/address.cuh"
 #include "pieces/dependent.cuh"
 #include "pieces/sequence.cuh"
@@ -12,7 +13,7 @@ namespace flash::sm80 {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
-    bwd_postprocess_kernel(__grid_constant__ BwdParams const params) {
+    bwd_postprocess_kernel(__grid_constant__ BwdKernelParams const params) {
   using Element         = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
   extern __shared__ __align__(128) unsigned char smem_bytes[];

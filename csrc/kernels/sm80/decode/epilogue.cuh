@@ -47,7 +47,7 @@ struct DecodeEpilogue {
   static constexpr int kPitchO = Traits::kPitchO, kThreads = Traits::kThreads;
   static constexpr int kChunks = kHeadDim / 4;  // of four columns
 
-  DecodeParams const& params;
+  DecodeKernelParams const& params;
   DecodeTask const& task;
   float scale_log2;
   float* smem_o;     // (kGroups, kBlockM, kPitchO)
@@ -56,8 +56,8 @@ struct DecodeEpilogue {
   float* weights;    // (kBlockM, kMergedParts)
   int rows;          // of the tile that are rows of the sequence
 
-  CUTE_DEVICE DecodeEpilogue(DecodeParams const& params_, DecodeTask const& task_, float scale,
-                             void* smem)
+  CUTE_DEVICE DecodeEpilogue(DecodeKernelParams const& params_, DecodeTask const& task_,
+                             float scale, void* smem)
       : params(params_), task(task_), scale_log2(scale), smem_o(static_cast<float*>(smem)) {
     states  = reinterpret_cast<RowState*>(smem_o + Traits::kGroups * kBlockM * kPitchO);
     merged  = states + Traits::kGroups * kBlockM;

@@ -12,7 +12,7 @@ namespace flash::sm80 {
 
 // Rows of q beyond the last sequence: rows that see no key.
 template <class Traits>
-CUTE_DEVICE void clear_tail(DecodeParams const& params) {
+CUTE_DEVICE void clear_tail(DecodeKernelParams const& params) {
   using Element          = typename Traits::Element;
   Problem const& problem = params.problem;
   if (!problem.cu_seqlens_q) { return; }
@@ -31,7 +31,7 @@ CUTE_DEVICE void clear_tail(DecodeParams const& params) {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
-    decode_kernel(__grid_constant__ DecodeParams const params) {
+    decode_kernel(__grid_constant__ DecodeKernelParams const params) {
   using Element = typename Traits::Element;
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   __shared__ int scratch[Traits::kThreads / 32];
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
        is_early      = false) {
     // Right after kv_update only what it writes must wait: it lets this kernel start when the kernels before it have ended.
     if (!is_early && params.cache.seqlen_new == 0) { wait_for_previous_kernel(); }
-    schedule.start(scratch, is_early ? Lengths::kEarly : Lengths::kFinal);
+    schedule.start(scratch, is_early ? LengthsAre::kEarly : LengthsAre::kFinal);
     if (!is_early) { break; }
     __syncthreads();  // PROTECTS: work is complete.
     if (work.parts.count > 0) { DecodeMainloop<Traits>::prefetch(params, work.task); }

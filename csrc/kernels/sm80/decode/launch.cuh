@@ -2,6 +2,7 @@
 // Decoding launch: tile by the number of rows.
 #include <algorithm>
 
+#include "entry.h"
 #include "pieces/device_info.h"
 #include "pieces/launch.cuh"
 #include "sm80/decode/kernel.cuh"
@@ -9,7 +10,7 @@
 namespace flash::sm80 {
 
 template <class Traits>
-cudaError_t launch_decode_variant(DecodeParams const& params, cudaStream_t stream) {
+cudaError_t launch_decode_variant(DecodeKernelParams const& params, cudaStream_t stream) {
   Start const start = has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
   auto const kernel = &decode_kernel<Traits>;
   Grid grid{params.plan.grid, params.plan.workers};
@@ -17,8 +18,8 @@ cudaError_t launch_decode_variant(DecodeParams const& params, cudaStream_t strea
     return launch_tiles(start, kernel, grid, Traits::kThreads, Traits::kSmemBytes, stream, params);
   }
   // All clusters run at once, or there are none: one that waits for others takes longer than it saves, and so do far fewer workers.
-  DecodeParams chosen = params;
-  grid.cluster        = 1 << params.plan.cluster_bits;
+  DecodeKernelParams chosen = params;
+  grid.cluster              = 1 << params.plan.cluster_bits;
   int64_t const of_head =
       clusters_at_once(kernel, grid, Traits::kThreads, Traits::kSmemBytes) / grid.x;
   int const workers = int(std::min<int64_t>(grid.y, of_head * grid.cluster));
@@ -31,20 +32,39 @@ cudaError_t launch_decode_variant(DecodeParams const& params, cudaStream_t strea
 }
 
 template <int kHeadDim, class Element, bool kSmallSmem>
-cudaError_t launch_decode_tile(DecodeParams const& params, cudaStream_t stream) {
+cudaError_t launch_decode_tile(DecodeKernelParams const& params, cudaStream_t stream) {
   if (params.plan.block_m == kNarrowRows) {
     return launch_decode_variant<DecodeTraits<kHeadDim, Element, true, kSmallSmem>>(params, stream);
   }
   return launch_decode_variant<DecodeTraits<kHeadDim, Element, false, kSmallSmem>>(params, stream);
 }
 
-// kSmallTiles: this build is also for GPUs whose thread blocks get less shared memory than sm_90's.
+// The functions of a unit.  kSmallTiles: this build is also for GPUs whose thread blocks get less shared memory than sm_90's.
 template <int kHeadDim, class Element, bool kSmallTiles>
-cudaError_t launch_decode(DecodeParams const& params, cudaStream_t stream) {
-  if constexpr (kSmallTiles) {
-    if (has_small_smem()) { return launch_decode_tile<kHeadDim, Element, true>(params, stream); }
+struct Decode {
+  static bool serves(DecodeParams const&) { return true; }
+
+  static void plan(DecodeParams const& params, Plan& plan) {
+    DecodeDevice const device{sm_count(), kSmallTiles && has_small_smem(), has_clusters()};
+    DecodePlan const decided = plan_decode(params, kHeadDim, device);
+    plan.workspace_bytes     = workspace_bytes(decided);
+    plan.counters            = uses_kept_counters(decided) ? decided.counters : 0;
+    put_notes(plan, decided);
   }
-  return launch_decode_tile<kHeadDim, Element, false>(params, stream);
-}
+
+  static cudaError_t launch(DecodeParams const& params, Plan const& plan, Scratch const& scratch,
+                            cudaStream_t stream) {
+    DecodeKernelParams const all = kernel_params(params, get_notes<DecodePlan>(plan), scratch);
+    if (plan.counters == 0 && all.plan.counters > 0) {
+      size_t const bytes       = size_t(all.plan.counters) * sizeof(int);
+      cudaError_t const status = cudaMemsetAsync(all.workspace.counters, 0, bytes, stream);
+      if (status != cudaSuccess) { return status; }
+    }
+    if constexpr (kSmallTiles) {
+      if (has_small_smem()) { return launch_decode_tile<kHeadDim, Element, true>(all, stream); }
+    }
+    return launch_decode_tile<kHeadDim, Element, false>(all, stream);
+  }
+};
 
 }  // namespace flash::sm80

@@ -7,6 +7,7 @@
 #include "pieces/dependent.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
+#include "sm80/decode/plan.h"
 #include "sm80/decode/traits.cuh"
 #include "sm80/instructions/fragment.cuh"
 
@@ -39,8 +40,9 @@ struct DecodeMainloop {
 
   // tOrO (MMA, 1, MMA_N) must be zero on entry.  thread: in the group.
   template <class TensorO, class Softmax_>
-  CUTE_DEVICE static void run(DecodeParams const& params, DecodeTask const& task, Element* smem,
-                              Row* rows, int group, int thread, TensorO& tOrO, Softmax_& softmax) {
+  CUTE_DEVICE static void run(DecodeKernelParams const& params, DecodeTask const& task,
+                              Element* smem, Row* rows, int group, int thread, TensorO& tOrO,
+                              Softmax_& softmax) {
     Problem const& problem = params.problem;
     int const head_dim     = problem.head_dim;
     Element* const stages  = smem + TileQ::kSize + group * Traits::kStages * Traits::kStageSize;
@@ -113,7 +115,7 @@ struct DecodeMainloop {
   }
 
   // Brings the task's first key tiles into L2.  Only for a cache without pages and entries.
-  CUTE_DEVICE static void prefetch(DecodeParams const& params, DecodeTask const& task) {
+  CUTE_DEVICE static void prefetch(DecodeKernelParams const& params, DecodeTask const& task) {
     constexpr int kLine = 128 / sizeof(Element), kLines = ceil_div(Traits::kHeadDim, kLine);
     KvCache const& cache = params.cache;
     int const row0       = task.tile_begin * Traits::kBlockN;
@@ -149,13 +151,14 @@ struct DecodeMainloop {
   }
 
   // Row of the cache from which on kv_update may have written.
-  CUTE_DEVICE static int first_new_row(DecodeParams const& params, CacheSequence const& sequence) {
+  CUTE_DEVICE static int first_new_row(DecodeKernelParams const& params,
+                                       CacheSequence const& sequence) {
     int const added = params.cache.seqlen_new;
     return sequence.pad + sequence.seqlen_k - (added == kAsQueries ? sequence.seqlen_q : added);
   }
 
   // Rows of the tile that are not rows of the sequence become zeros.
-  CUTE_DEVICE static void load_q(DecodeParams const& params, DecodeTask const& task,
+  CUTE_DEVICE static void load_q(DecodeKernelParams const& params, DecodeTask const& task,
                                  Element* smem) {
     Problem const& problem = params.problem;
     int const group        = params.plan.group;
@@ -177,7 +180,8 @@ struct DecodeMainloop {
     }
   }
 
-  CUTE_DEVICE static void find_rows(DecodeParams const& params, DecodeTask const& task, Row* rows) {
+  CUTE_DEVICE static void find_rows(DecodeKernelParams const& params, DecodeTask const& task,
+                                    Row* rows) {
     Problem const& problem        = params.problem;
     CacheSequence const& sequence = task.sequence;
     Visibility<MaskKind::kLocal> const see{sequence.seqlen_q, sequence.seqlen_k,

@@ -27,12 +27,12 @@ struct DecodeCursor {
 // cache, which lie side by side, at the same time (benchmarks/README.md, "Decoding").
 template <class Traits>
 struct DecodeSchedule {
-  DecodeParams const& params;
+  DecodeKernelParams const& params;
   DecodeCursor& cursor;  // shared memory, as is work
   DecodeWork& work;
 
   // All threads: the first work, which they may read after a barrier.  scratch: shared memory, one int for each warp.
-  CUTE_DEVICE void start(int* scratch, Lengths lengths) const {
+  CUTE_DEVICE void start(int* scratch, LengthsAre lengths) const {
     if (threadIdx.x == 0) { cursor = {}, work.parts.count = 0; }
     if (params.plan.splits > 0) {
       if (threadIdx.x == 0) { take_part(); }
@@ -79,7 +79,7 @@ struct DecodeSchedule {
   }
 
   // The only query tile of the only sequence.  Thread blocks of a cluster all have a part of it, which may be empty, or none has.
-  CUTE_DEVICE void take_in_cluster(Lengths lengths) const {
+  CUTE_DEVICE void take_in_cluster(LengthsAre lengths) const {
     CacheSequence const sequence = sequence_of(0, lengths);
     KeyRange const range         = range_of(sequence, 0);
     int const tiles = tiles_of(sequence, range), bits = params.plan.cluster_bits;
@@ -119,7 +119,7 @@ struct DecodeSchedule {
   }
 
   // One warp, a sequence for each lane.  Nothing but the lengths is waited for, and no other warp.
-  CUTE_DEVICE void find_share_of_few(Lengths lengths) const {
+  CUTE_DEVICE void find_share_of_few(LengthsAre lengths) const {
     int const sequences = params.problem.batch, lane = threadIdx.x;
     CacheSequence sequence{};
     if (lane < sequences) { sequence = sequence_of(lane, lengths); }
@@ -198,7 +198,7 @@ struct DecodeSchedule {
   static constexpr int kLanes    = kFewSequences;
 
   CUTE_DEVICE int group() const { return params.plan.group; }
-  CUTE_DEVICE CacheSequence sequence_of(int batch, Lengths lengths = Lengths::kFinal) const {
+  CUTE_DEVICE CacheSequence sequence_of(int batch, LengthsAre lengths = LengthsAre::kFinal) const {
     return cache_sequence(params.problem, params.cache, batch, lengths);
   }
   CUTE_DEVICE KeyRange range_of(CacheSequence const& sequence, int m_block) const {

@@ -1,5 +1,6 @@
 #pragma once
 // Forward launch: variant by mask, grid, shared memory.
+#include "entry.h"
 #include "pieces/launch.cuh"
 #include "sm80/fwd/kernel.cuh"
 
@@ -27,14 +28,22 @@ cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, cudaStream
                       order);
 }
 
-template <int kHeadDim, class Element>
-cudaError_t launch_fwd(FwdParams const& params, cudaStream_t stream) {
-  cudaError_t status = cudaSuccess;
-  choose_kernel(params.problem, [&](auto mask, auto level) {
-    using Traits = FwdTraits<kHeadDim, Element, fwd_is_general(level)>;
-    status       = launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask, level>, stream);
-  });
-  return status;
-}
+// The functions of a unit.  The tiles are the same for every size of shared memory.
+template <int kHeadDim, class Element, bool>
+struct Fwd {
+  static bool serves(FwdParams const&) { return true; }
+
+  static void plan(FwdParams const&, Plan&) {}
+
+  static cudaError_t launch(FwdParams const& params, Plan const&, Scratch const&,
+                            cudaStream_t stream) {
+    cudaError_t status = cudaSuccess;
+    choose_kernel(params.problem, [&](auto mask, auto level) {
+      using Traits = FwdTraits<kHeadDim, Element, fwd_is_general(level)>;
+      status       = launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask, level>, stream);
+    });
+    return status;
+  }
+};
 
 }  // namespace flash::sm80

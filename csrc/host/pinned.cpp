@@ -1,0 +1,51 @@
+// Reads FLASH_ATTN_ISA once; tests change the isa by pin_isa.
+#include "host/pinned.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "host/failure.h"
+#include "host/names.h"
+
+namespace flash {
+namespace {
+
+int number_of(char const* name) {
+  if (!name || !*name) { return kAnyIsa; }
+  for (Isa isa : kIsas) {
+    if (std::strcmp(name, name_of(isa)) == 0) { return int(isa); }
+  }
+  return kNoIsa;
+}
+
+char const* environment() {
+  char const* const text = std::getenv("FLASH_ATTN_ISA");
+  return text ? text : "";
+}
+
+std::atomic<int>& pinned() {
+  static std::atomic<int> number{number_of(environment())};
+  return number;
+}
+
+}  // namespace
+
+int pinned_number() { return pinned().load(std::memory_order_relaxed); }
+
+Status pin_isa(char const* isa) {
+  int const number = number_of(isa);
+  if (number == kNoIsa) {
+    return failure(cudaErrorInvalidValue, "isa must be 'sm90', 'sm80' or '' (all); got '%.64s'",
+                   isa);
+  }
+  pinned().store(number, std::memory_order_relaxed);
+  return {cudaSuccess, nullptr};
+}
+
+char const* pinned_isa() {
+  int const number = pinned_number();
+  return number == kAnyIsa ? "" : number == kNoIsa ? environment() : name_of(Isa(number));
+}
+
+}  // namespace flash

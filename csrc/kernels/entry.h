@@ -1,0 +1,50 @@
+#pragma once
+// What a unit offers to the registry: the kernels of one (isa, pass, head dimension, dtype), as functions.
+// Used by: every generated unit; host/registry.h.
+#include <cstring>
+#include <type_traits>
+
+#include "flash.h"
+
+namespace flash {
+
+enum class Isa : int { kSm80 = 80, kSm90 = 90 };
+
+// Memory that a plan asked for.
+struct Scratch {
+  void* workspace;  // the caller's
+  int* counters;    // zeros, and zeros again when the kernels end
+};
+
+// serves: whether the kernels can do this call, on a GPU that has the isa.  It asks for what they cannot do, never whether they are
+// fast.  plan: called for what they serve; sets what the launch needs.  launch: gets a plan of these params.
+template <class ParamsOfPass>
+struct Entry {
+  using Params = ParamsOfPass;
+
+  Isa isa;
+  int head_dim;
+  DType dtype;
+  bool (*serves)(Params const&);
+  void (*plan)(Params const&, Plan&);
+  cudaError_t (*launch)(Params const&, Plan const&, Scratch const&, cudaStream_t);
+};
+using FwdEntry    = Entry<FwdParams>;
+using BwdEntry    = Entry<BwdParams>;
+using DecodeEntry = Entry<DecodeParams>;
+
+// Writes into a plan what its maker decided, and reads it again.
+template <class Notes>
+void put_notes(Plan& plan, Notes const& notes) {
+  static_assert(std::is_trivially_copyable_v<Notes> && sizeof(Notes) <= sizeof(plan.notes));
+  std::memcpy(plan.notes, &notes, sizeof(Notes));
+}
+template <class Notes>
+Notes get_notes(Plan const& plan) {
+  static_assert(std::is_trivially_copyable_v<Notes> && sizeof(Notes) <= sizeof(plan.notes));
+  Notes notes;
+  std::memcpy(&notes, plan.notes, sizeof(Notes));
+  return notes;
+}
+
+}  // namespace flash

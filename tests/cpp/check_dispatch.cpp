@@ -1,0 +1,188 @@
+// Check of host/dispatch.cpp: who plans launches, what it gets, and what callers are told, with made-up entries on a made-up GPU.
+// Its argument is the text that FLASH_ATTN_ISA should have when the program starts.
+#include <cstring>
+#include <initializer_list>
+
+#include "check.h"
+#include "host/dispatch.cpp"
+#include "host/pinned.cpp"
+
+using namespace flash;
+using check::expect;
+
+// --- A GPU of compute capability 9.0 ------------------------------------------------------------
+
+extern "C" {
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 9
+           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
+                                                            : 227 * 1024;
+  return cudaSuccess;
+}
+char const* cudaGetErrorString(cudaError_t) { return "what CUDA says"; }
+}
+
+// --- Kernels ------------------------------------------------------------------------------------
+
+struct Seen {
+  int planned, launched;  // the isa
+  int64_t note;
+  void* workspace;
+  int* counters;
+} seen;
+cudaError_t result = cudaSuccess;
+int counters[4];
+bool has_counters = true;
+
+namespace flash {
+int* zeroed_counters(int64_t count, cudaStream_t) {
+  return has_counters && count == 4 ? counters : nullptr;
+}
+}  // namespace flash
+
+template <class Params, Isa kIsa>
+struct Kernels {
+  // sm90: masks that are causal.
+  static bool serves(Params const& params) {
+    return kIsa == Isa::kSm80 || params.problem.mask == MaskKind::kCausal;
+  }
+  static void plan(Params const& params, Plan& plan) {
+    seen.planned         = int(kIsa);
+    plan.workspace_bytes = 16 * int(kIsa);
+    plan.counters        = kIsa == Isa::kSm90 ? 4 : 0;
+    put_notes(plan, int64_t(params.problem.batch));
+  }
+  static cudaError_t launch(Params const&, Plan const& plan, Scratch const& scratch, cudaStream_t) {
+    seen.launched  = int(kIsa);
+    seen.note      = get_notes<int64_t>(plan);
+    seen.workspace = scratch.workspace, seen.counters = scratch.counters;
+    return result;
+  }
+};
+
+template <class Params, Isa kIsa>
+Entry<Params> const kEntry{kIsa,
+                           64,
+                           DType::kBf16,
+                           &Kernels<Params, kIsa>::serves,
+                           &Kernels<Params, kIsa>::plan,
+                           &Kernels<Params, kIsa>::launch};
+
+namespace flash {
+FwdEntry const* const kFwdEntries[]       = {&kEntry<FwdParams, Isa::kSm90>,
+                                             &kEntry<FwdParams, Isa::kSm80>, nullptr};
+BwdEntry const* const kBwdEntries[]       = {&kEntry<BwdParams, Isa::kSm90>,
+                                             &kEntry<BwdParams, Isa::kSm80>, nullptr};
+DecodeEntry const* const kDecodeEntries[] = {&kEntry<DecodeParams, Isa::kSm80>, nullptr};
+char const* const kBuiltArchs             = "80,90";
+}  // namespace flash
+
+// --- Checks -------------------------------------------------------------------------------------
+
+template <class Params>
+Params call(MaskKind mask, int head_dim = 64, DType dtype = DType::kBf16) {
+  Params params{};
+  params.problem.mask = mask, params.problem.head_dim = head_dim, params.problem.dtype = dtype;
+  params.problem.batch = 7;
+  return params;
+}
+
+void expect_failure(char const* what, Status const& status,
+                    std::initializer_list<char const*> words) {
+  expect(status.code != cudaSuccess, "%s: no failure", what);
+  if (status.code == cudaSuccess) return;
+  for (char const* word : words) {
+    expect(std::strstr(status.message, word), "%s: no '%s' in: %s", what, word, status.message);
+  }
+}
+
+void check_who_plans_launches() {
+  for (auto [mask, isa] : {std::pair{MaskKind::kCausal, 90}, {MaskKind::kLocal, 80}}) {
+    seen                   = {};
+    BwdParams const params = call<BwdParams>(mask);
+    Plan const plan        = plan_bwd(params);
+    expect(seen.planned == isa && seen.launched == 0, "planned by sm%d, not sm%d", seen.planned,
+           isa);
+    expect(plan.workspace_bytes == 16 * isa, "%lld bytes", (long long)plan.workspace_bytes);
+    // The plan stays with its kernel, whatever calls are limited to by now.
+    pin_isa(isa == 90 ? "sm80" : "sm90");
+    Status const status = launch_bwd(params, plan, &seen, nullptr);
+    pin_isa("");
+    expect(status.code == cudaSuccess && !status.message, "launch failed: %s", status.message);
+    expect(seen.launched == isa && seen.note == 7 && seen.workspace == &seen,
+           "launched by sm%d with note %lld", seen.launched, (long long)seen.note);
+    expect(seen.counters == (isa == 90 ? counters : nullptr), "counters of sm%d", isa);
+  }
+  seen = {};
+  expect(launch_fwd(call<FwdParams>(MaskKind::kCausal), nullptr).code == cudaSuccess &&
+             seen.planned == 90 && seen.launched == 90,
+         "forward: planned by sm%d, launched by sm%d", seen.planned, seen.launched);
+}
+
+void check_pin() {
+  auto const isa_of = [](char const* pin) {
+    seen = {};
+    expect(pin_isa(pin).code == cudaSuccess, "pin_isa(%s) fails", pin ? pin : "null");
+    launch_fwd(call<FwdParams>(MaskKind::kCausal), nullptr);
+    return seen.launched;
+  };
+  expect(isa_of("sm80") == 80 && std::strcmp(pinned_isa(), "sm80") == 0, "not pinned to sm80");
+  expect(isa_of("sm90") == 90 && std::strcmp(pinned_isa(), "sm90") == 0, "not pinned to sm90");
+  expect_failure("pinned to what does not serve",
+                 launch_fwd(call<FwdParams>(MaskKind::kLocal), nullptr),
+                 {"head_dim 64", "bf16", "FLASH_ATTN_ISA: sm90", "sm90,sm80"});
+  DecodeParams const decode = call<DecodeParams>(MaskKind::kCausal);
+  Plan const plan           = plan_decode(decode);
+  expect(plan.workspace_bytes == 0, "a plan without a kernel needs %lld bytes",
+         (long long)plan.workspace_bytes);
+  expect_failure("pinned to an isa without the pass", launch_decode(decode, plan, nullptr, nullptr),
+                 {"built for: sm80", "FLASH_ATTN_ISA: sm90"});
+  expect(isa_of("") == 90 && isa_of(nullptr) == 90 && !*pinned_isa(), "still pinned");
+  expect_failure("pin_isa of no isa", pin_isa("sm75"), {"isa must be", "sm90", "sm80", "sm75"});
+  expect(isa_of(nullptr) == 90, "pinned to no isa");
+}
+
+void check_messages() {
+  expect_failure("dtype that is not built",
+                 launch_fwd(call<FwdParams>(MaskKind::kNone, 64, DType::kFp16), nullptr),
+                 {"head_dim 64 with fp16", "not in this build", "built: head_dim 64; dtype bf16",
+                  "FLASH_ATTN_DTYPES"});
+  expect_failure("head dimension that is not built",
+                 launch_fwd(call<FwdParams>(MaskKind::kNone, 72), nullptr),
+                 {"head_dim 72", "the kernel for head_dim 96", "FLASH_ATTN_HEAD_DIMS"});
+  result = cudaErrorNoKernelImageForDevice;
+  expect_failure("failed launch", launch_fwd(call<FwdParams>(MaskKind::kNone), nullptr),
+                 {"sm80", "head_dim 64, bf16", "what CUDA says", "80,90", "227 KB"});
+  result       = cudaSuccess;
+  has_counters = false;
+  seen         = {};
+  expect_failure("no memory for counters", launch_fwd(call<FwdParams>(MaskKind::kCausal), nullptr),
+                 {"out of CUDA memory"});
+  expect(seen.launched == 0, "launched without counters");
+  has_counters = true;
+}
+
+// What the environment's FLASH_ATTN_ISA does; the other checks begin after that.
+void check_environment(char const* isa) {
+  expect(std::strcmp(pinned_isa(), isa) == 0, "pinned to %s, not %s", pinned_isa(), isa);
+  seen                = {};
+  Status const status = launch_fwd(call<FwdParams>(MaskKind::kCausal), nullptr);
+  if (std::strcmp(isa, "hopper") == 0) {
+    expect_failure("a variable that names no isa", status,
+                   {"FLASH_ATTN_ISA=hopper", "sm90 or sm80"});
+  } else {
+    int const want = std::strcmp(isa, "sm80") == 0 ? 80 : 90;
+    expect(status.code == cudaSuccess && seen.launched == want, "launched by sm%d, not sm%d",
+           seen.launched, want);
+  }
+  pin_isa("");
+}
+
+int main(int count, char** arguments) {
+  check_environment(count > 1 ? arguments[1] : "");
+  check_who_plans_launches();
+  check_pin();
+  check_messages();
+  return check::finish();
+}
