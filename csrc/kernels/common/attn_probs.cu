@@ -6,6 +6,7 @@
 #include "flash.h"
 #include "pieces/dropout.cuh"
 #include "pieces/integers.cuh"
+#include "pieces/launch.cuh"
 #include "pieces/visibility.cuh"
 
 namespace flash {
@@ -97,16 +98,13 @@ Status launch_attn_probs(ProbsParams const& params, cudaStream_t stream) {
   Problem const& problem = params.problem;
   int64_t const queries  = int64_t(problem.batch) * problem.heads_q * problem.seqlen_q,
                 blocks   = (queries + kWarps - 1) / kWarps;
-  if (blocks > INT32_MAX) { return status_of(cudaErrorInvalidConfiguration); }
-  auto const kernel = problem.dtype == DType::kFp16 ? &attn_probs_kernel<__half>
-                                                    : &attn_probs_kernel<__nv_bfloat16>;
-  kernel<<<unsigned(blocks), 32 * kWarps, 0, stream>>>(params);
-  return status_of(cudaGetLastError());
+  auto const kernel      = problem.dtype == DType::kFp16 ? &attn_probs_kernel<__half>
+                                                         : &attn_probs_kernel<__nv_bfloat16>;
+  return status_of(launch_kernel(kernel, Launch{blocks, 32 * kWarps, 0, stream}, params));
 }
 
 Status launch_write_rng_state(RngSource const& source, int64_t* state, cudaStream_t stream) {
-  write_rng_state_kernel<<<1, 1, 0, stream>>>(source, state);
-  return status_of(cudaGetLastError());
+  return status_of(launch_kernel(&write_rng_state_kernel, Launch{1, 1, 0, stream}, source, state));
 }
 
 }  // namespace flash

@@ -116,7 +116,8 @@ cudaError_t launch_bwd_preprocess(BwdParams const& params, int block_m, int buil
   auto const kernel      = problem.dtype == DType::kFp16
                                ? kernel_for<__half2, __half>(built_head_dim)
                                : kernel_for<__nv_bfloat162, __nv_bfloat16>(built_head_dim);
-  return launch_tiles(kernel, tiles, kThreads, 0, stream, params, block_m, built_head_dim);
+  Launch const launch{tiles, kThreads, 0, stream};
+  return launch_kernel(kernel, launch, params, block_m, built_head_dim);
 }
 
 }  // namespace flash
