@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "common/bwd_preprocess.h"
+#include "pieces/approximations.cuh"
 #include "pieces/dependent.cuh"
 #include "pieces/integers.cuh"
 #include "pieces/launch.cuh"
@@ -16,7 +17,6 @@ namespace {
 
 constexpr int kThreads = 256, kLanesPerRow = 8, kRowsPerPass = kThreads / kLanesPerRow, kVector = 8;
 constexpr int kRows = 2, kMaxBlockM = kRows * kRowsPerPass;  // rows of a thread, of a query block
-constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ float2 to_float2(__half2 x) { return __half22float2(x); }
 __device__ float2 to_float2(__nv_bfloat162 x) { return __bfloat1622float2(x); }
