@@ -109,6 +109,14 @@ def test_layout_piece(name: str, tmp_path: Path) -> None:
 
 @needs_source
 @needs_compiler
+def test_launch_gets_all_that_it_asks_for_or_is_an_error(tmp_path: Path) -> None:
+    if cuda_include() is None:
+        pytest.skip("needs the CUDA headers (set CUDA_HOME)")
+    assert " 0 wrong" in build_and_run("check_launch", tmp_path, optimise="-O1", cute=False)
+
+
+@needs_source
+@needs_compiler
 def test_stub_of_the_cuda_header_is_enough_for_the_seam(tmp_path: Path) -> None:
     """Machines without CUDA compile csrc/flash.h, too."""
     source = tmp_path / "seam.cpp"

@@ -20,8 +20,8 @@ cudaError_t run_shipped_forward(ForwardCall const& call, cudaStream_t stream) {
       shipped_order(params.problem, ceil_div(params.problem.seqlen_q, Traits::kBlockM));
   auto const kernel = call.causal ? &fwd_kernel<Traits, MaskKind::kCausal, Level::kPlain>
                                   : &fwd_kernel<Traits, MaskKind::kNone, Level::kPlain>;
-  return launch_tiles(kernel, order.size(), Traits::kThreads, Traits::kSmemBytes, stream, params,
-                      order);
+  Launch const launch{order.size(), Traits::kThreads, Traits::kSmemBytes, stream};
+  return launch_kernel(kernel, launch, params, order);
 }
 
 template <int kHeadDim>
@@ -49,14 +49,14 @@ cudaError_t run_shipped_backward(BackwardCall const& call, cudaStream_t stream) 
         heads_in_l2(query_bytes), problem.mask != MaskKind::kNone);
     auto const kernel = call.causal ? &bwd_kernel<Traits, MaskKind::kCausal, Level::kPlain>
                                     : &bwd_kernel<Traits, MaskKind::kNone, Level::kPlain>;
-    status = launch_tiles(kernel, order.size(), Traits::kThreads, Traits::kSmemBytes, stream,
-                          params, order);
+    Launch const launch{order.size(), Traits::kThreads, Traits::kSmemBytes, stream};
+    status = launch_kernel(kernel, launch, params, order);
   }
   if (status == cudaSuccess && (call.parts & kFinish)) {
     constexpr int kDqBytes = Traits::TileQ::kSize * int(sizeof(typename Traits::Element));
-    status =
-        launch_tiles(&bwd_postprocess_kernel<Traits>, query_block_count(problem, Traits::kBlockM),
-                     Traits::kThreads, kDqBytes, stream, params);
+    Launch const launch{query_block_count(problem, Traits::kBlockM), Traits::kThreads, kDqBytes,
+                        stream};
+    status = launch_kernel(&bwd_postprocess_kernel<Traits>, launch, params);
   }
   return status;
 }

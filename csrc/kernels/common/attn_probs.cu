@@ -7,6 +7,8 @@
 #include "head_dims.h"
 #include "pieces/dropout.cuh"
 #include "pieces/integers.cuh"
+#include "pieces/launch.cuh"
+#include "pieces/score.cuh"
 #include "pieces/visibility.cuh"
 
 namespace flash {
@@ -51,16 +53,17 @@ __global__ void __launch_bounds__(32 * kWarps)
   Visibility<MaskKind::kLocal> const see{seqlen_q, seqlen_k, problem.window_left,
                                          problem.window_right};
   int const first = see.first_key(row), end = see.end_key(row);
-  float const slope =
-      problem.alibi_slopes ? problem.alibi_slopes[batch * problem.alibi_batch_stride + head] : 0.f;
+  // Scores are in natural units here: the softcap's part alone is multiplied by it.
+  bool const capped = problem.softcap > 0.f;
+  ScoreMod const mod{1.f / problem.softcap, alibi_slope(problem, batch, head), capped, true};
   int const head_kv = head / (problem.heads_q / problem.heads_kv);
   auto const score  = [&](int column) {
     Element const* const k = row_of(params.k, head_kv, int64_t(k_row0) + column);
     float sum              = 0.f;
     for (int d = 0; d < problem.head_dim; ++d) { sum += q[d] * to_float(k[d]); }
     sum *= problem.scale;
-    if (problem.softcap > 0.f) { sum = problem.softcap * tanhf(sum / problem.softcap); }
-    return sum - slope * fabsf(float(row + see.shift() - column));
+    if (capped) { sum = problem.softcap * mod.capped(sum); }
+    return mod.biased(sum, fabsf(float(row + see.shift() - column)));
   };
   float largest = -INFINITY;
   for (int column = first + lane; column < end; column += 32) {
@@ -98,16 +101,13 @@ Status launch_attn_probs(ProbsParams const& params, cudaStream_t stream) {
   Problem const& problem = params.problem;
   int64_t const queries  = int64_t(problem.batch) * problem.heads_q * problem.seqlen_q,
                 blocks   = (queries + kWarps - 1) / kWarps;
-  if (blocks > INT32_MAX) { return status_of(cudaErrorInvalidConfiguration); }
-  auto const kernel = problem.dtype == DType::kFp16 ? &attn_probs_kernel<__half>
-                                                    : &attn_probs_kernel<__nv_bfloat16>;
-  kernel<<<unsigned(blocks), 32 * kWarps, 0, stream>>>(params);
-  return status_of(cudaGetLastError());
+  auto const kernel      = problem.dtype == DType::kFp16 ? &attn_probs_kernel<__half>
+                                                         : &attn_probs_kernel<__nv_bfloat16>;
+  return status_of(launch_kernel(kernel, Launch{blocks, 32 * kWarps, 0, stream}, params));
 }
 
 Status launch_write_rng_state(RngSource const& source, int64_t* state, cudaStream_t stream) {
-  write_rng_state_kernel<<<1, 1, 0, stream>>>(source, state);
-  return status_of(cudaGetLastError());
+  return status_of(launch_kernel(&write_rng_state_kernel, Launch{1, 1, 0, stream}, source, state));
 }
 
 }  // namespace flash

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "common/bwd_preprocess.h"
+#include "pieces/approximations.cuh"
 #include "pieces/dependent.cuh"
 #include "pieces/integers.cuh"
 #include "pieces/launch.cuh"
@@ -16,7 +17,6 @@ namespace {
 
 constexpr int kThreads = 256, kLanesPerRow = 8, kRowsPerPass = kThreads / kLanesPerRow, kVector = 8;
 constexpr int kRows = 2, kMaxBlockM = kRows * kRowsPerPass;  // rows of a thread, of a query block
-constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ float2 to_float2(__half2 x) { return __half22float2(x); }
 __device__ float2 to_float2(__nv_bfloat162 x) { return __bfloat1622float2(x); }
@@ -116,7 +116,8 @@ cudaError_t launch_bwd_preprocess(BwdKernelParams const& params, int block_m, in
   auto const kernel      = problem.dtype == DType::kFp16
                                ? kernel_for<__half2, __half>(built_head_dim)
                                : kernel_for<__nv_bfloat162, __nv_bfloat16>(built_head_dim);
-  return launch_tiles(kernel, tiles, kThreads, 0, stream, params, block_m, built_head_dim);
+  Launch const launch{tiles, kThreads, 0, stream};
+  return launch_kernel(kernel, launch, params, block_m, built_head_dim);
 }
 
 }  // namespace flash

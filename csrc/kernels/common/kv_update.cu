@@ -3,9 +3,9 @@
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
 
+#include "pieces/address.cuh"
 #include "pieces/dependent.cuh"
 #include "pieces/device_info.h"
-#include "pieces/address.cuh"
 #include "pieces/kv_cache.cuh"
 #include "pieces/launch.cuh"
 
@@ -150,9 +150,9 @@ Status launch_kv_update(KvUpdateParams const& params, cudaStream_t stream) {
   int64_t const items = (heads * (problem.head_dim / kVector) + kThreads - 1) / kThreads * kThreads;
   auto const kernel   = problem.dtype == DType::kFp16 ? &kv_update_kernel<cutlass::half_t>
                                                       : &kv_update_kernel<cutlass::bfloat16_t>;
-  Start const start   = has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
-  cudaError_t const code = launch_tiles(start, kernel, Grid{tokens * (items / kThreads)}, kThreads,
-                                        0, stream, params, items);
+  Launch launch{tokens * (items / kThreads), kThreads, 0, stream};
+  launch.start           = earliest_start();
+  cudaError_t const code = launch_kernel(kernel, launch, params, items);
   return {code,
           code == cudaSuccess ? nullptr : "launch of the kernel that appends to the cache failed"};
 }

@@ -60,8 +60,8 @@ Status launch_merge_states(MergeParams const& params, cudaStream_t stream) {
       int64_t(problem.batch) * problem.seqlen_q * problem.heads_q * (problem.head_dim / kVector);
   auto const kernel = problem.dtype == DType::kFp16 ? &merge_states_kernel<cutlass::half_t>
                                                     : &merge_states_kernel<cutlass::bfloat16_t>;
-  cudaError_t const code =
-      launch_tiles(kernel, (items + kThreads - 1) / kThreads, kThreads, 0, stream, params);
+  Launch const launch{(items + kThreads - 1) / kThreads, kThreads, 0, stream};
+  cudaError_t const code = launch_kernel(kernel, launch, params);
   return {code,
           code == cudaSuccess ? nullptr : "launch of the kernel that merges two parts failed"};
 }

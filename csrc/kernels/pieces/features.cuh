@@ -3,7 +3,7 @@
 // Used by: forward and backward kernels.
 #include "pieces/compiler.cuh"
 #include "pieces/dropout.cuh"
-#include "pieces/score_mod.cuh"
+#include "pieces/score.cuh"
 #include "pieces/sequence.cuh"
 #include "pieces/visibility.cuh"
 

@@ -1,29 +1,47 @@
 #pragma once
-// One launch for every family: shared memory attribute, grid limit, error.
+// The one way in which kernels are launched: shared memory, grid, clusters, early start, error.
+// Used by: every launch.  Knows no kernel.  Invariant: a launch gets all that it asks for, or it is an error.
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <map>
 #include <tuple>
-#include <utility>
 #include <vector>
+
+#include "pieces/device_info.h"
 
 namespace flash {
 
 // Whether the kernel may start while the one before it on the stream ends; it waits for that one's results by itself.
 enum class Start { kAfter, kOverlapped };
 
-struct Grid {
-  int64_t x;
-  int y       = 1;
-  int cluster = 1;  // thread blocks along y that are a cluster
+// For kernels that gain from an early start and work without: where the device has none, they start after the one before.
+inline Start earliest_start() {
+  return has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
+}
+
+struct Launch {
+  int64_t blocks;  // along x; 0: nothing is launched
+  int threads;
+  int smem_bytes;  // dynamic
+  cudaStream_t stream;
+  int blocks_y = 1;
+  Start start  = Start::kAfter;
+  dim3 cluster = dim3(1, 1, 1);  // thread blocks; divides the grid
+
+  bool wants_clusters() const { return cluster.x * cluster.y * cluster.z > 1; }
 };
 
-inline cudaLaunchAttribute cluster_of(Grid const& grid) {
+inline cudaLaunchAttribute early_start() {
   cudaLaunchAttribute attribute{};
-  attribute.id               = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = 1, attribute.val.clusterDim.y = unsigned(grid.cluster);
-  attribute.val.clusterDim.z = 1;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+inline cudaLaunchAttribute clusters_of(dim3 const& cluster) {
+  cudaLaunchAttribute attribute{};
+  attribute.id             = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster.x, cluster.y, cluster.z};
   return attribute;
 }
 
@@ -48,54 +66,53 @@ cudaError_t allow_smem(Kernel* kernel, int smem_bytes) {
       return cudaSuccess;
     }
   }
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+  status = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
   if (status == cudaSuccess) { grants.push_back({address, device, smem_bytes}); }
   return status;
 }
 
 template <class... Params>
-cudaError_t launch_tiles(Start start, void (*kernel)(Params...), Grid grid, int threads,
-                         int smem_bytes, cudaStream_t stream, Params const&... params) {
-  if (grid.x == 0) { return cudaSuccess; }
-  if (grid.x > INT32_MAX) { return cudaErrorInvalidConfiguration; }
-  cudaError_t const status = allow_smem(kernel, smem_bytes);
+cudaError_t launch_kernel(void (*kernel)(Params...), Launch const& launch,
+                          Params const&... params) {
+  if (launch.blocks == 0) { return cudaSuccess; }
+  if (launch.blocks > INT32_MAX) { return cudaErrorInvalidConfiguration; }
+  cudaError_t const status = allow_smem(kernel, launch.smem_bytes);
   if (status != cudaSuccess) { return status; }
-  dim3 const blocks(unsigned(grid.x), unsigned(grid.y));
-  if (start == Start::kAfter) {
-    kernel<<<blocks, threads, smem_bytes, stream>>>(params...);
-    return cudaGetLastError();
-  }
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1]                                            = cluster_of(grid);
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  config.gridDim = blocks, config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = size_t(smem_bytes), config.stream = stream;
-  config.attrs = attributes, config.numAttrs = grid.cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, params...);
-}
-template <class... Params>
-cudaError_t launch_tiles(void (*kernel)(Params...), int64_t tiles, int threads, int smem_bytes,
-                         cudaStream_t stream, Params const&... params) {
-  return launch_tiles(Start::kAfter, kernel, Grid{tiles}, threads, smem_bytes, stream, params...);
+  if (launch.start == Start::kOverlapped) {
+    if (!has_dependent_launch()) { return cudaErrorNotSupported; }
+    attributes[config.numAttrs++] = early_start();
+  }
+  if (launch.wants_clusters()) {
+    if (!has_clusters()) { return cudaErrorNotSupported; }
+    attributes[config.numAttrs++] = clusters_of(launch.cluster);
+  }
+  config.attrs            = attributes;
+  config.gridDim          = dim3(unsigned(launch.blocks), unsigned(launch.blocks_y));
+  config.blockDim         = dim3(unsigned(launch.threads));
+  config.dynamicSmemBytes = size_t(launch.smem_bytes), config.stream = launch.stream;
+  void* arguments[] = {const_cast<Params*>(&params)...};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<void const*>(kernel), arguments);
 }
 
-// Clusters of the grid's size that can run at once, 0 where they cannot be asked for.  Each thread asks once.
+// The launch's clusters that can run at once, 0 where they cannot be asked for.  Each thread asks once for each size.
 template <class Kernel>
-int clusters_at_once(Kernel* kernel, Grid grid, int threads, int smem_bytes) {
-  thread_local std::map<std::tuple<int, int, void const*>, int> known;
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) { return 0; }
+int clusters_at_once(Kernel* kernel, Launch const& launch) {
+  thread_local std::map<std::tuple<int, unsigned, unsigned, unsigned, void const*>, int> known;
+  auto const address  = reinterpret_cast<void const*>(kernel);
+  dim3 const& cluster = launch.cluster;
+  int device          = 0;
+  if (!has_clusters() || cudaGetDevice(&device) != cudaSuccess) { return 0; }
   auto const [place, is_new] =
-      known.insert({{device, grid.cluster, reinterpret_cast<void const*>(kernel)}, 0});
-  if (!is_new || allow_smem(kernel, smem_bytes) != cudaSuccess) { return place->second; }
-  cudaLaunchAttribute attribute = cluster_of(grid);
+      known.insert({{device, cluster.x, cluster.y, cluster.z, address}, 0});
+  if (!is_new || allow_smem(kernel, launch.smem_bytes) != cudaSuccess) { return place->second; }
+  cudaLaunchAttribute attribute = clusters_of(cluster);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(1, unsigned(grid.cluster)), config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = size_t(smem_bytes);
+  config.gridDim = cluster, config.blockDim = dim3(unsigned(launch.threads));
+  config.dynamicSmemBytes = size_t(launch.smem_bytes);
   config.attrs = &attribute, config.numAttrs = 1;
-  if (cudaOccupancyMaxActiveClusters(&place->second, kernel, &config) != cudaSuccess) {
+  if (cudaOccupancyMaxActiveClusters(&place->second, address, &config) != cudaSuccess) {
     cudaGetLastError();  // that there are none is not the launch's error
     place->second = 0;
   }

@@ -1,12 +1,21 @@
 #pragma once
 // Writes -inf over the scores that a query may not see.
-// Used by: fwd/mainloop (S, queries down) and bwd/mainloop (S^T, keys down).  Knows nothing about softmax.
+// Used by: the main loops of forward (S, queries down), backward (S^T, keys down) and decoding.  Knows nothing about softmax.
 #include <cute/tensor.hpp>
 
 #include "pieces/visibility.cuh"
 
 namespace flash {
 using namespace cute;
+
+// Hides a score whose key is outside [first, end), of which only the ends asked for are looked at.
+template <bool kFirst, bool kEnd>
+CUTE_HOST_DEVICE void hide_outside(float& score, int key, int first, int end) {
+  bool hidden = false;
+  if constexpr (kEnd) { hidden = key >= end; }
+  if constexpr (kFirst) { hidden |= key < first; }  // not ||: its branch costs 127 more adds
+  if (hidden) { score = -INFINITY; }
+}
 
 // Edges of a row's keys that a tile may cross.
 enum class Edges { kBoth, kLeft, kRight };
@@ -27,11 +36,8 @@ CUTE_HOST_DEVICE void mask_scores(TensorS& tSrS, Visibility<kMask> const& see, i
   for (int i = 0; i < size(tSrS); ++i) {
     int const q = thread_q + int(get<kQ>(t0ScS(i))), k = get<kK>(t0ScS(i));
     int const end = see.end_key(q) - thread_k, first = see.first_key(q) - thread_k;
-    bool hidden = false;
-    if constexpr (kEdges != Edges::kLeft) { hidden = k >= end; }
-    // not ||: its branch costs 127 more adds
-    if constexpr (see.kHasLeft && kEdges != Edges::kRight) { hidden |= k < first; }
-    if (hidden) { tSrS(i) = -INFINITY; }
+    hide_outside<see.kHasLeft && kEdges != Edges::kRight, kEdges != Edges::kLeft>(tSrS(i), k, first,
+                                                                                  end);
   }
 }
 

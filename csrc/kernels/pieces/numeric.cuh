@@ -1,15 +1,15 @@
 #pragma once
-// Numbers: fp32 accumulators to 16 bits, base-2 exponentials, reductions over neighbouring lanes.
+// Numbers: fp32 accumulators to 16 bits, reductions over neighbouring lanes.
 // Used by: the main loops and epilogues.
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
 
 #include <cute/tensor.hpp>
 
+#include "pieces/approximations.cuh"
+
 namespace flash {
 using namespace cute;
-
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // out = in rounded to out's type, two values per instruction.
 template <class TensorOut, class TensorIn>
@@ -50,24 +50,6 @@ CUTE_DEVICE auto round_positive(TensorIn const& in) {
     }
   }
   return out;
-}
-
-CUTE_DEVICE float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Largest relative error 2^-11 (PTX ISA).
-CUTE_DEVICE float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-CUTE_DEVICE float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // Over groups of kLanes neighbouring lanes.

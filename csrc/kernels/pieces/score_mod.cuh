@@ -1,63 +1,47 @@
 #pragma once
-// What happens to scores before the softmax: softcap and ALiBi.
-// Used by: the main loops (S, queries down; in the backward pass S^T, keys down).  Branches are the same for a whole tile.
-//
-// Scores q.k are scaled where they are exponentiated.  A changed score is in units of which the exponent knows the factor:
-//
-//   unit       softmax_scale, with softcap softcap
-//   softcap    s = tanh(q.k softmax_scale / softcap), otherwise s = q.k
-//   ALiBi      s - slope / unit * |i + shift - j|
-//   softmax    2^(s unit log2(e))
+// The scores of a tile before the softmax: score.cuh's formula for all that a thread holds of it.
+// Used by: the main loops of forward (S, queries down) and backward (S^T, keys down).  Branches are the same for a whole tile.
 #include <cute/tensor.hpp>
 
-#include "flash.h"
 #include "pieces/level.h"
-#include "pieces/numeric.cuh"
+#include "pieces/score.cuh"
 
 namespace flash {
 using namespace cute;
 
-struct ScoreMod {
-  float inner;  // softmax_scale / softcap
-  float slope;  // in the scores' unit
-  bool has_softcap, has_slope;
+// Distances |i + shift - j| of a tile's queries i and keys j, for one thread.  kTransposed: the accumulator holds S^T.
+template <bool kTransposed, class TiledMma, class TileShape>
+struct TileDistances {
+  static constexpr int kQ = kTransposed ? 1 : 0, kK = 1 - kQ;
+  float base;
 
-  // Distances |i + shift - j| of a tile's queries i and keys j, for this thread: f(score index, distance).
-  template <bool kTransposed, class TiledMma, class TileShape, class TensorS, class Function>
-  CUTE_DEVICE static void for_distances(TensorS const& tSrS, int row0, int col0, int shift,
-                                        int thread, Function f) {
-    constexpr int kQ = kTransposed ? 1 : 0, kK = 1 - kQ;
-    auto cS    = make_identity_tensor(TileShape{});
-    auto tScS  = TiledMma{}.get_slice(thread).partition_C(cS);
-    auto t0ScS = TiledMma{}.get_slice(_0{}).partition_C(cS);  // known at compile time
-    // Integers below 2^24 times differ by exact floats.
-    float const base =
-        float(row0 + shift - col0 + int(get<kQ>(tScS(_0{}))) - int(get<kK>(tScS(_0{}))));
-    CUTE_UNROLL
-    for (int i = 0; i < size(tSrS); ++i) {
-      f(i, fabsf(base + float(int(get<kQ>(t0ScS(i))) - int(get<kK>(t0ScS(i))))));
-    }
+  // offset: of the tile's first query from its first key, in positions.
+  CUTE_DEVICE TileDistances(int offset, int thread) {
+    auto const first =
+        TiledMma{}.get_slice(thread).partition_C(make_identity_tensor(TileShape{}))(_0{});
+    base = float(offset + int(get<kQ>(first)) - int(get<kK>(first)));
   }
-
-  template <Level kLevel, bool kTransposed, class TiledMma, class TileShape, class TensorS>
-  CUTE_DEVICE void apply(TensorS& tSrS, int row0, int col0, int shift, int thread) const {
-    if (decided<kLevel>(Level::kSoftcap, has_softcap)) {
-      CUTE_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) { tSrS(i) = tanh_approx(tSrS(i) * inner); }
-    }
-    if (decided<kLevel>(Level::kAlibi, has_slope)) {
-      for_distances<kTransposed, TiledMma, TileShape>(
-          tSrS, row0, col0, shift, thread,
-          [&](int i, float distance) { tSrS(i) -= slope * distance; });
-    }
+  // coordinate: thread 0's, known at compile time.  Integers below 2^24 times differ by exact floats.
+  template <class Coordinate>
+  CUTE_DEVICE float of(Coordinate const& coordinate) const {
+    return fabsf(base + float(int(get<kQ>(coordinate)) - int(get<kK>(coordinate))));
   }
 };
 
-CUTE_DEVICE ScoreMod score_mod(Problem const& problem, int batch, int head) {
-  bool const has_slope = problem.alibi_slopes;
-  float const slope =
-      has_slope ? __ldg(problem.alibi_slopes + batch * problem.alibi_batch_stride + head) : 0.f;
-  return {problem.unit.inner, slope * problem.unit.per_unit, problem.softcap > 0.f, has_slope};
+// row0, col0: first query and first key of the tile.
+template <Level kLevel, bool kTransposed, class TiledMma, class TileShape, class TensorS>
+CUTE_DEVICE void modify_scores(ScoreMod const& mod, TensorS& tSrS, int row0, int col0, int shift,
+                               int thread) {
+  if (decided<kLevel>(Level::kSoftcap, mod.has_softcap)) {
+    CUTE_UNROLL
+    for (int i = 0; i < size(tSrS); ++i) { tSrS(i) = mod.capped(tSrS(i)); }
+  }
+  if (decided<kLevel>(Level::kAlibi, mod.has_slope)) {
+    TileDistances<kTransposed, TiledMma, TileShape> const distances(row0 + shift - col0, thread);
+    auto const t0ScS = TiledMma{}.get_slice(_0{}).partition_C(make_identity_tensor(TileShape{}));
+    CUTE_UNROLL
+    for (int i = 0; i < size(tSrS); ++i) { tSrS(i) = mod.biased(tSrS(i), distances.of(t0ScS(i))); }
+  }
 }
 
 }  // namespace flash

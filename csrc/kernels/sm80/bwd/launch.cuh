@@ -35,15 +35,15 @@ cudaError_t launch_bwd_kernels(BwdKernelParams const& params, Kernel kernel, cud
                       heads_in_l2(query_bytes), ragged || problem.mask != MaskKind::kNone, group,
                       window ? short_blocks(problem.window_left, Traits::kBlockN, int(blocks)) : 0);
   // Inputs may be read before the wait: the preprocess, an ordinary launch, began after the kernels that made them had ended.
-  Start const start = has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
-  status = launch_tiles(start, kernel, Grid{order.size()}, Traits::kThreads, Traits::kSmemBytes,
-                        stream, params, order);
+  Launch main{order.size(), Traits::kThreads, Traits::kSmemBytes, stream};
+  main.start = earliest_start();
+  status     = launch_kernel(kernel, main, params, order);
   if (status != cudaSuccess) { return status; }
 
   constexpr int kDqBytes = Traits::TileQ::kSize * int(sizeof(Element));
-  return launch_tiles(start, &bwd_postprocess_kernel<DqTraits>,
-                      Grid{query_block_count(problem, Traits::kBlockM)}, Traits::kThreads, kDqBytes,
-                      stream, params);
+  Launch last{query_block_count(problem, Traits::kBlockM), Traits::kThreads, kDqBytes, stream};
+  last.start = earliest_start();
+  return launch_kernel(&bwd_postprocess_kernel<DqTraits>, last, params);
 }
 
 template <class Traits, class General>

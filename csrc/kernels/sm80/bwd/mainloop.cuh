@@ -7,6 +7,7 @@
 #include "pieces/dependent.cuh"
 #include "pieces/features.cuh"
 #include "pieces/mask.cuh"
+#include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
 #include "sm80/bwd/traits.cuh"
 #include "sm80/bwd/weights.cuh"
@@ -146,8 +147,8 @@ struct BwdMainloop {
         gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(mma_sdp, tSrS, sK, sQ, lane);
         int const row0 = m_block * kBlockM + sub * kSubM;
         if constexpr (changes_scores(kLevel)) {
-          mod_of_head().template apply<kLevel, true, typename Traits::MmaSdp, TileSdp>(
-              tSrS, row0, first_key, see_now().shift(), lane);
+          modify_scores<kLevel, true, typename Traits::MmaSdp, TileSdp>(
+              mod_of_head(), tSrS, row0, first_key, see_now().shift(), lane);
         }
         auto scores            = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
         constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
@@ -332,14 +333,14 @@ struct BwdMainloop {
     }
   }
 
-  // Through tanh: times 1 - tanh^2.  The score s after tanh and ALiBi comes back from P = exp2(s scale_log2 - LSE), where P is not 0.
+  // Through tanh: times its derivative.  The score s after tanh and ALiBi comes back from P = exp2(s scale_log2 - LSE), where P is not 0.
   // offset: of query i from key j in positions, where both are the tile's first.
   CUTE_DEVICE static auto softcap_gradient(Problem const& problem, ScoreMod const& mod,
                                            float const* sLse, int offset, int thread) {
-    auto where        = coordinates(thread);
-    auto where0       = coordinates(0);  // known at compile time
-    float const slope = mod.slope, inverse = kLn2 * problem.unit.per_unit,
-                base = float(offset + int(get<1>(where(0, 0))) - int(get<0>(where(0, 0))));
+    auto where          = coordinates(thread);
+    auto where0         = coordinates(0);  // known at compile time
+    float const inverse = kLn2 * problem.unit.per_unit;
+    TileDistances<true, typename Traits::MmaSdp, TileSdp> const distances(offset, thread);
     return [=](int r, int c, float gradient, float weight) {
       // Finite where P, and so the gradient, is 0: hidden keys, and queries without keys, whose LSE is +inf.
       constexpr float kLeastLog2 = -150.f, kLargest = 1e18f;
@@ -347,10 +348,9 @@ struct BwdMainloop {
       float capped    = fmaf(fmaxf(log2_approx(weight), kLeastLog2), inverse, lse);
       if constexpr (kLevel == Level::kAll) {
         if (problem.softcap == 0.f) { return gradient; }
-        capped +=
-            slope * fabsf(base + float(int(get<1>(where0(r, c))) - int(get<0>(where0(r, c)))));
+        capped = mod.unbiased(capped, distances.of(where0(r, c)));
       }
-      return gradient * fmaf(-capped, capped, 1.f);
+      return gradient * ScoreMod::cap_derivative(capped);
     };
   }
 };

@@ -11,24 +11,22 @@ namespace flash::sm80 {
 
 template <class Traits>
 cudaError_t launch_decode_variant(DecodeKernelParams const& params, cudaStream_t stream) {
-  Start const start = has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
   auto const kernel = &decode_kernel<Traits>;
-  Grid grid{params.plan.grid, params.plan.workers};
-  if (params.plan.cluster_bits == 0) {
-    return launch_tiles(start, kernel, grid, Traits::kThreads, Traits::kSmemBytes, stream, params);
-  }
+  Launch launch{params.plan.grid, Traits::kThreads, Traits::kSmemBytes, stream};
+  launch.blocks_y = params.plan.workers, launch.start = earliest_start();
+  if (params.plan.cluster_bits == 0) { return launch_kernel(kernel, launch, params); }
   // All clusters run at once, or there are none: one that waits for others takes longer than it saves, and so do far fewer workers.
   DecodeKernelParams chosen = params;
-  grid.cluster              = 1 << params.plan.cluster_bits;
-  int64_t const of_head =
-      clusters_at_once(kernel, grid, Traits::kThreads, Traits::kSmemBytes) / grid.x;
-  int const workers = int(std::min<int64_t>(grid.y, of_head * grid.cluster));
-  if (4 * workers >= 3 * grid.y) {
-    grid.y = chosen.plan.workers = workers;
+  int const cluster         = 1 << params.plan.cluster_bits;
+  launch.cluster            = dim3(1, unsigned(cluster));
+  int64_t const of_head     = clusters_at_once(kernel, launch) / launch.blocks;
+  int const workers         = int(std::min<int64_t>(launch.blocks_y, of_head * cluster));
+  if (4 * workers >= 3 * launch.blocks_y) {
+    launch.blocks_y = chosen.plan.workers = workers;
   } else {
-    grid.cluster = 1, chosen.plan.cluster_bits = 0;
+    launch.cluster = dim3(1), chosen.plan.cluster_bits = 0;
   }
-  return launch_tiles(start, kernel, grid, Traits::kThreads, Traits::kSmemBytes, stream, chosen);
+  return launch_kernel(kernel, launch, chosen);
 }
 
 template <int kHeadDim, class Element, bool kSmallSmem>

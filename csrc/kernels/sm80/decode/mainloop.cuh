@@ -5,7 +5,8 @@
 #include "pieces/address.cuh"
 #include "pieces/compiler.cuh"
 #include "pieces/dependent.cuh"
-#include "pieces/score_mod.cuh"
+#include "pieces/mask.cuh"
+#include "pieces/score.cuh"
 #include "pieces/softmax.cuh"
 #include "sm80/decode/plan.h"
 #include "sm80/decode/traits.cuh"
@@ -226,15 +227,15 @@ struct DecodeMainloop {
     bool const capped = problem.softcap > 0.f;
     if (!capped && !problem.alibi_slopes) { return; }
     for_scores(rows, row0, thread, scores, [&](Row const& row, float& score, int key) {
-      if (capped) { score = tanh_approx(score * problem.unit.inner); }
-      score -= row.slope * fabsf(row.position - float(key));
+      ScoreMod const mod{problem.unit.inner, row.slope, capped, true};
+      score = mod.changed(score, fabsf(row.position - float(key)));
     });
   }
 
   template <class TensorS>
   CUTE_DEVICE static void mask(Row const* rows, int row0, int thread, TensorS& scores) {
     for_scores(rows, row0, thread, scores, [](Row const& row, float& score, int key) {
-      if (key < row.first | key >= row.end) { score = -INFINITY; }
+      hide_outside<true, true>(score, key, row.first, row.end);
     });
   }
 };

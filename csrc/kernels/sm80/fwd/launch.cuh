@@ -24,8 +24,8 @@ cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, cudaStream
       make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_q,
                       heads_in_l2(kv_bytes) * sharing, ragged || problem.mask != MaskKind::kNone,
                       sharing, window ? short_blocks(reach, Traits::kBlockM, int(blocks)) : 0);
-  return launch_tiles(kernel, order.size(), Traits::kThreads, Traits::kSmemBytes, stream, params,
-                      order);
+  Launch const launch{order.size(), Traits::kThreads, Traits::kSmemBytes, stream};
+  return launch_kernel(kernel, launch, params, order);
 }
 
 // The functions of a unit.  The tiles are the same for every size of shared memory.

@@ -160,8 +160,8 @@ struct FwdMainloop {
       cp_async_commit();
       if constexpr (changes_scores(kLevel)) {
         ScoreMod const mod = in.saved->features.score_mod;
-        mod.template apply<kLevel, false, typename Traits::TiledMma, TileS>(
-            tSrS, in.saved->site.block * Traits::kBlockM, n_block * Traits::kBlockN,
+        modify_scores<kLevel, false, typename Traits::TiledMma, TileS>(
+            mod, tSrS, in.saved->site.block * Traits::kBlockM, n_block * Traits::kBlockN,
             see_now().shift(), lane);
       }
       if constexpr (kHalves && kByEdge && atoms.kCount == 2) {  // seldom do both cross an edge
