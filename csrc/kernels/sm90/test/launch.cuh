@@ -21,7 +21,7 @@ struct TestFwd {
   static cudaError_t launch(FwdParams const& params, Plan const&, Scratch const&,
                             cudaStream_t stream) {
     constexpr int kThreads = 128;  // a warp group
-    return launch_tiles(&test_kernel, 1, kThreads, 0, stream, params);
+    return launch_kernel(&test_kernel, Launch{1, kThreads, 0, stream}, params);
   }
 };
 
