@@ -3,9 +3,9 @@
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
 
+#include "pieces/address.cuh"
 #include "pieces/dependent.cuh"
 #include "pieces/device_info.h"
-#include "pieces/address.cuh"
 #include "pieces/kv_cache.cuh"
 #include "pieces/launch.cuh"
 
