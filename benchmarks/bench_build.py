@@ -5,7 +5,8 @@
     python benchmarks/bench_build.py --show                   the tables of the last run
 
 Compiles with setup.py's flags and without a compiler cache, writes results/build.json and prints the tables.
-Only csrc/torch needs torch.  The exit status is 1 when a kernel spills, uses local memory or serialises wgmma.
+Only csrc/torch needs torch.  The exit status is 1 when a kernel spills, uses local memory or serialises
+wgmma, or when a compiler warns.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ def parse_ptxas(text: str) -> list[Kernel]:
     return kernels
 
 
+def find_warnings(text: str) -> list[str]:
+    """Lines of a compiler's output that warn, whichever of nvcc's compilers wrote them."""
+    return [line.strip() for line in text.splitlines() if re.search(r"\bwarning\b", line, re.I)]
+
+
 def demangle(names: Sequence[str]) -> list[str]:
     """C++ names without their parameter lists; unchanged where there is no c++filt."""
     tool = shutil.which("c++filt")
@@ -126,6 +132,7 @@ class Unit:
     inputs: list[str] = field(default_factory=list)  # our files that it read
     hash: str = ""
     kernels: list[Kernel] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def code_hash(inputs: Iterable[str], root: Path = ROOT) -> str:
@@ -220,6 +227,7 @@ def compile_file(compiler: Compiler, source: Path, folder: Path, jobs: int = 1) 
         inputs=inputs,
         hash=code_hash(inputs),
         kernels=kernels,
+        warnings=find_warnings(text),
     )
 
 
@@ -358,6 +366,9 @@ def main() -> None:
     if dirty:
         names = ", ".join(dirty)
         sys.exit(f"{len(dirty)} kernels spill, use local memory or serialise wgmma: {names}")
+    warned = [f"{unit.name}: {line}" for unit in units for line in unit.warnings]
+    if warned:
+        sys.exit("\n".join([f"{len(warned)} warnings", *warned]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""No shipped kernel spills registers, uses local memory or serialises wgmma.
+"""No shipped kernel spills registers, uses local memory or serialises wgmma, and no compiler warns.
 
 Needs nvcc for fresh compilations, never a GPU.
 """
@@ -80,6 +80,20 @@ def test_parser_keeps_serialized_wgmma_of_a_function_that_is_no_kernel() -> None
     assert not kernel.is_clean
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'a.cuh(3): warning #549-D: variable "x" is used before its value is set',
+        "nvcc warning : Support for offline compilation will be removed",
+        "a.cpp:3:5: warning: unused variable 'x' [-Wunused-variable]",
+        SPILLING.splitlines()[0],
+    ],
+)
+def test_warnings_of_every_compiler_are_found(line: str) -> None:
+    assert bench_build.find_warnings(f"{CLEAN}  {line}\n{CLEAN}") == [line]
+    assert bench_build.find_warnings(CLEAN + CALLEE) == []
+
+
 def test_parser_of_text_without_kernels() -> None:
     assert bench_build.parse_ptxas("ptxas info    : 0 bytes gmem\n") == []
 
@@ -144,17 +158,25 @@ def test_the_check_sees_a_kernel_whose_wgmma_is_serialized(
     assert not kernel.is_clean
 
 
+def test_the_check_sees_a_warning(compiler: bench_build.Compiler, tmp_path: Path) -> None:
+    source = tmp_path / "unset.cu"
+    source.write_text("__global__ void unset(int* x) {\n  int a;\n  x[0] = a;\n}\n")
+    (warning,) = bench_build.compile_file(compiler, source, tmp_path).warnings
+    assert "used before its value is set" in warning
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNITS)
-def test_kernels_compile_without_spills(
+def test_kernels_compile_without_spills_and_warnings(
     compiler: bench_build.Compiler, tmp_path: Path, name: str
 ) -> None:
     sources = bench_build.sources_of_build(compiler.archs)
     (source,) = bench_build.select(sources, [name])
-    kernels = bench_build.compile_file(compiler, source, tmp_path).kernels
-    assert kernels, f"{name} holds no kernel"
-    spilling = [kernel for kernel in kernels if not kernel.is_clean]
+    unit = bench_build.compile_file(compiler, source, tmp_path)
+    assert unit.kernels, f"{name} holds no kernel"
+    spilling = [kernel for kernel in unit.kernels if not kernel.is_clean]
     assert not spilling, "\n".join(map(str, spilling))
+    assert not unit.warnings, "\n".join(unit.warnings)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +199,12 @@ def test_report_shows_no_spills(report: dict[str, dict], name: str) -> None:
     kernels = [bench_build.Kernel(**kernel) for kernel in unit["kernels"]]
     assert any(kernel.arch == "sm_90a" for kernel in kernels)
     assert all(kernel.is_clean for kernel in kernels), [k for k in kernels if not k.is_clean]
+
+
+@pytest.mark.parametrize("name", _kernel_units())
+def test_report_shows_no_warnings(report: dict[str, dict], name: str) -> None:
+    assert name in report, f"run benchmarks/bench_build.py --units {name}"
+    assert report[name]["warnings"] == []
 
 
 @pytest.mark.parametrize("name", _kernel_units())

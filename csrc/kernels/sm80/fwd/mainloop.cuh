@@ -108,9 +108,15 @@ struct FwdMainloop {
       round_step(tSrP_part, atoms.of(tSrS), k);
       if constexpr (may_have(kLevel, Level::kDropout)) {
         if (decided<kLevel>(Level::kDropout, in.saved->features.drops)) {
-          BlockBits const bits = k < kAhead ? ahead[k] : draw_now(k, lane);
-          drop<Traits>(tSrP, bits, in.keep, read_now(in.saved->site.block) * Traits::kBlockM, k,
-                       lane);
+          auto const drop_by = [&](BlockBits const& bits) {
+            drop<Traits>(tSrP, bits, in.keep, read_now(in.saved->site.block) * Traits::kBlockM, k,
+                         lane);
+          };
+          if constexpr (kAhead > 0) {  // all k-steps
+            drop_by(ahead[k]);
+          } else {
+            drop_by(draw_now(k, lane));
+          }
         }
       }
     };
@@ -329,6 +335,7 @@ struct FwdMainloop {
   static constexpr Int<FwdForm::kAnyPart> kAnyPart{};
   static_assert(kPlainPart < 0 || kAhead == 0, "multiply_scores_watched has nothing beside it");
   static_assert(!kParks || kSkips, "the steps that skip are those that park");
+  static_assert(kAhead == 0 || kAhead == Traits::kBlockN / 16, "all k-steps or none");
 };
 
 }  // namespace flash::sm80
