@@ -28,7 +28,7 @@ struct KeepRule {
   unsigned inverted;  // all bits 1: kept are the others instead
 };
 
-// Scores are exponentiated in a unit of their own: softcap where there is one, otherwise softmax_scale (pieces/score_mod.cuh).
+// Scores are exponentiated in a unit of their own: softcap where there is one, otherwise softmax_scale (pieces/score.cuh).
 // Made by score_unit (host/prepare.h).
 struct ScoreUnit {
   float scale_log2;  // factor of a score in the exponent of 2: unit * log2(e)

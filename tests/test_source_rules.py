@@ -106,6 +106,11 @@ def test_tricks_on_the_compiler_stand_in_one_file(path: Path) -> None:
     assert path.name == "compiler.cuh" or not compiler_tricks(path.read_text())
 
 
+def test_softcap_is_computed_in_one_place() -> None:
+    users = {p.name for p in CPP if re.search(r"\btanh", code_of(p.read_text()))}
+    assert users == {"approximations.cuh", "score.cuh"}
+
+
 ISA = [p for p in CPP if re.search(r"/kernels/sm\d+/", p.as_posix())]
 
 

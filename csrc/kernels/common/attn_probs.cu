@@ -7,6 +7,7 @@
 #include "head_dims.h"
 #include "pieces/dropout.cuh"
 #include "pieces/integers.cuh"
+#include "pieces/lanes.cuh"
 #include "pieces/launch.cuh"
 #include "pieces/score.cuh"
 #include "pieces/visibility.cuh"
@@ -69,9 +70,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int column = first + lane; column < end; column += 32) {
     largest = fmaxf(largest, score(column));
   }
-  for (int step = 16; step > 0; step /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-  }
+  largest = lanes_max<32>(largest);
   DropoutBits bits{};
   bool const drops = problem.rng_state != nullptr;
   if (drops) {

@@ -9,6 +9,7 @@
 #include "pieces/approximations.cuh"
 #include "pieces/dependent.cuh"
 #include "pieces/integers.cuh"
+#include "pieces/lanes.cuh"
 #include "pieces/launch.cuh"
 #include "pieces/sequence.cuh"
 
@@ -86,10 +87,7 @@ __global__ void __launch_bounds__(kThreads)
     float sum   = 0.f;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) { sum += dot<Pair>(dout_part[r][c], out_part[r][c]); }
-#pragma unroll
-    for (int step = kLanesPerRow / 2; step > 0; step /= 2) {
-      sum += __shfl_xor_sync(~0u, sum, step);
-    }
+    sum = lanes_sum<kLanesPerRow>(sum);
     if (lane == 0 && i < block_m) {
       // P of a row that sees no key, or does not exist, is exp2(s - inf) = 0.
       bool const sees   = lse[r] != INFINITY;

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
   if (column == 0) { params.lse[lse_place] = row_lse(merged, kLog2E); }
 
   auto const place = [&](TensorRef const& tensor) {
-    return matrix_of<Element>(tensor, batch, head) + index * tensor.row_stride + column;
+    return row_of<Element>(tensor, batch, head, index) + column;
   };
   using Vector      = cutlass::AlignedArray<Element, kVector>;
   Vector const in_a = *reinterpret_cast<Vector const*>(place(params.out_a));

@@ -13,4 +13,10 @@ CUTE_DEVICE Element* matrix_of(TensorRef const& tensor, int batch, int head) {
          head * tensor.head_stride;
 }
 
+// First element of one of its rows.
+template <class Element>
+CUTE_DEVICE Element* row_of(TensorRef const& tensor, int batch, int head, int64_t row) {
+  return matrix_of<Element>(tensor, batch, head) + row * tensor.row_stride;
+}
+
 }  // namespace flash

@@ -3,6 +3,7 @@
 // Used by: the main loops of forward (S, queries down), backward (S^T, keys down) and decoding.  Knows nothing about softmax.
 #include <cute/tensor.hpp>
 
+#include "pieces/coordinates.cuh"
 #include "pieces/visibility.cuh"
 
 namespace flash {
@@ -26,11 +27,10 @@ template <bool kTransposed, class TiledMma, class TileShape, Edges kEdges = Edge
 CUTE_HOST_DEVICE void mask_scores(TensorS& tSrS, Visibility<kMask> const& see, int row0, int col0,
                                   int thread) {
   constexpr int kQ = kTransposed ? 1 : 0, kK = 1 - kQ;
-  Tensor cS    = make_identity_tensor(TileShape{});             // (i,j) -> (i,j)
-  Tensor tScS  = TiledMma{}.get_slice(thread).partition_C(cS);  // coordinates this thread holds
-  Tensor t0ScS = TiledMma{}.get_slice(_0{}).partition_C(cS);    // thread 0's: known at compile time
-  // All threads hold thread 0's coordinates plus one constant pair.  Moving that pair to the bounds leaves one
-  // register-against-immediate compare per score (PTX, causal 128x64 tile, 64 scores: 64 setp, 19 add).
+  Tensor tScS  = tile_coordinates<TiledMma, TileShape>(thread);
+  Tensor t0ScS = tile_coordinates<TiledMma, TileShape>(_0{});
+  // Moving the thread's constant pair to the bounds leaves one register-against-immediate compare per score (PTX, causal 128x64 tile,
+  // 64 scores: 64 setp, 19 add).
   int const thread_q = row0 + int(get<kQ>(tScS(_0{}))), thread_k = col0 + int(get<kK>(tScS(_0{})));
   CUTE_UNROLL
   for (int i = 0; i < size(tSrS); ++i) {
@@ -45,9 +45,8 @@ CUTE_HOST_DEVICE void mask_scores(TensorS& tSrS, Visibility<kMask> const& see, i
 template <class TiledMma, class TileShape, class TensorS, MaskKind kMask>
 CUTE_HOST_DEVICE void mask_edge(TensorS& tSrS, Visibility<kMask> const& see, bool is_left, int row0,
                                 int col0, int thread) {
-  Tensor cS          = make_identity_tensor(TileShape{});
-  Tensor tScS        = TiledMma{}.get_slice(thread).partition_C(cS);
-  Tensor t0ScS       = TiledMma{}.get_slice(_0{}).partition_C(cS);
+  Tensor tScS        = tile_coordinates<TiledMma, TileShape>(thread);
+  Tensor t0ScS       = tile_coordinates<TiledMma, TileShape>(_0{});
   int const thread_k = col0 + int(get<1>(tScS(_0{})));
   int const edge_0 =
       row0 + int(get<0>(tScS(_0{}))) + (is_left ? see.first_offset() : see.end_offset());

@@ -1,6 +1,6 @@
 #pragma once
-// Merging softmax results of parts of a row's keys.
-// Used by: decode_kernel (warps of a thread block, splits of the keys) and common/merge_states.cu.
+// The state of a row's softmax, what it ends in, and merging the states of parts of a row's keys.
+// Used by: softmax.cuh, decode_kernel (warps of a thread block, splits of the keys) and common/merge_states.cu.
 //
 //   O = sum_p w_p O_p     sum = sum_p w_p sum_p     w_p = 2^((ref_p - ref) scale_log2)     ref = max_p ref_p
 //
@@ -14,7 +14,8 @@ namespace flash {
 using namespace cute;
 
 struct alignas(8) RowState {
-  float ref, sum;  // no key seen: sum 0, and ref without meaning
+  // No key seen: sum 0, and ref without meaning.  A row of NaN has no reference either, and its sum is NaN: it stays NaN.
+  float ref, sum;
 };
 
 CUTE_DEVICE float merged_ref(float ref, RowState const& part) {

@@ -1,5 +1,5 @@
 #pragma once
-// Numbers: fp32 accumulators to 16 bits, reductions over neighbouring lanes.
+// fp32 accumulators rounded to 16 bits.  Includes the other pieces about numbers.
 // Used by: the main loops and epilogues.
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
@@ -7,6 +7,7 @@
 #include <cute/tensor.hpp>
 
 #include "pieces/approximations.cuh"
+#include "pieces/lanes.cuh"
 
 namespace flash {
 using namespace cute;
@@ -51,22 +52,5 @@ CUTE_DEVICE auto round_positive(TensorIn const& in) {
   }
   return out;
 }
-
-// Over groups of kLanes neighbouring lanes.
-template <int kLanes>
-CUTE_DEVICE float lanes_max(float x) {
-  CUTE_UNROLL
-  for (int step = kLanes / 2; step > 0; step /= 2) { x = fmaxf(x, __shfl_xor_sync(~0u, x, step)); }
-  return x;
-}
-template <int kLanes>
-CUTE_DEVICE float lanes_sum(float x) {
-  CUTE_UNROLL
-  for (int step = kLanes / 2; step > 0; step /= 2) { x += __shfl_xor_sync(~0u, x, step); }
-  return x;
-}
-
-CUTE_DEVICE float quad_max(float x) { return lanes_max<4>(x); }
-CUTE_DEVICE float quad_sum(float x) { return lanes_sum<4>(x); }
 
 }  // namespace flash

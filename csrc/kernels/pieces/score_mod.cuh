@@ -3,6 +3,7 @@
 // Used by: the main loops of forward (S, queries down) and backward (S^T, keys down).  Branches are the same for a whole tile.
 #include <cute/tensor.hpp>
 
+#include "pieces/coordinates.cuh"
 #include "pieces/level.h"
 #include "pieces/score.cuh"
 
@@ -17,9 +18,8 @@ struct TileDistances {
 
   // offset: of the tile's first query from its first key, in positions.
   CUTE_DEVICE TileDistances(int offset, int thread) {
-    auto const first =
-        TiledMma{}.get_slice(thread).partition_C(make_identity_tensor(TileShape{}))(_0{});
-    base = float(offset + int(get<kQ>(first)) - int(get<kK>(first)));
+    auto const first = tile_coordinates<TiledMma, TileShape>(thread)(_0{});
+    base             = float(offset + int(get<kQ>(first)) - int(get<kK>(first)));
   }
   // coordinate: thread 0's, known at compile time.  Integers below 2^24 times differ by exact floats.
   template <class Coordinate>
@@ -38,7 +38,7 @@ CUTE_DEVICE void modify_scores(ScoreMod const& mod, TensorS& tSrS, int row0, int
   }
   if (decided<kLevel>(Level::kAlibi, mod.has_slope)) {
     TileDistances<kTransposed, TiledMma, TileShape> const distances(row0 + shift - col0, thread);
-    auto const t0ScS = TiledMma{}.get_slice(_0{}).partition_C(make_identity_tensor(TileShape{}));
+    auto const t0ScS = tile_coordinates<TiledMma, TileShape>(_0{});
     CUTE_UNROLL
     for (int i = 0; i < size(tSrS); ++i) { tSrS(i) = mod.biased(tSrS(i), distances.of(t0ScS(i))); }
   }

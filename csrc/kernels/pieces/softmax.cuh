@@ -2,6 +2,7 @@
 // Running softmax of one query tile: reference maximum and sum per row, in base 2 with the scale folded into the exponent.
 // Used by: fwd/mainloop.  Knows nothing of masks: hidden scores arrive as -inf.
 // Invariant: after step(), O and row_sum are relative to the same row_ref.
+#include "pieces/merge.cuh"
 #include "pieces/numeric.cuh"
 
 namespace flash {
@@ -88,11 +89,9 @@ struct Softmax {
   CUTE_DEVICE void finish(float (&lse)[kRows]) {
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      float const sum = quad_sum(row_sum[r]);
-      bool const none =
-          sum == 0.f;  // not row_ref: a row of NaN has no reference either, and stays NaN
-      lse[r]     = none ? INFINITY : (row_ref[r] * scale_log2 + __log2f(sum)) * kLn2;
-      row_sum[r] = none ? 0.f : 1.f / sum;
+      RowState const row{row_ref[r], quad_sum(row_sum[r])};
+      lse[r]     = row_lse(row, scale_log2);
+      row_sum[r] = row_norm(row);
     }
   }
 

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     }
     __syncthreads();  // PROTECTS: saved is complete.
     auto const first_row = [&](TensorRef const& tensor, int head, int row) {
-      return matrix_of<Element>(tensor, site.batch, head) + row * tensor.row_stride;
+      return row_of<Element>(tensor, site.batch, head, row);
     };
     typename BwdMainloop<Traits, kMask, kLevel>::Operands const operands{
         first_row(params.q, head, site.q_row0), first_row(params.dout, head, site.q_row0),
@@ -91,9 +91,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   int const col0   = site.block * kBlockN;
   auto store       = [&](auto const& sTile, TensorRef const& target) {
     smem_to_rows<kBlockN, Traits::kHeadDim, Traits::kThreads>(
-        sTile,
-        matrix_of<Element>(target, site.batch, saved.head) +
-            int64_t(site.k_row0 + col0) * target.row_stride,
+        sTile, row_of<Element>(target, site.batch, saved.head, site.k_row0 + col0),
         target.row_stride, site.k_rows - col0, problem.head_dim, thread);
   };
   store(sdK, params.dk);

@@ -84,12 +84,10 @@ struct BwdMainloop {
         int const query_head = read_now(saved.head) * read_now(saved.group) + head;
         int64_t const row    = read_now(saved.site.q_row0) + m_block * kBlockM;
         int const batch      = read_now(saved.site.batch);
-        copy_q.next = CopyQ(matrix_of<Element>(params.q, batch, query_head) + row * q_stride,
-                            q_stride, head_dim, lane)
-                          .next;
+        copy_q.next =
+            CopyQ(row_of<Element>(params.q, batch, query_head, row), q_stride, head_dim, lane).next;
         copy_dout.next =
-            CopyQ(matrix_of<Element>(params.dout, batch, query_head) + row * dout_stride,
-                  dout_stride, head_dim, lane)
+            CopyQ(row_of<Element>(params.dout, batch, query_head, row), dout_stride, head_dim, lane)
                 .next;
       }
       copy_q.template start<true>(TileQ::tensor(stage_q), rows_left, thread);
@@ -150,7 +148,7 @@ struct BwdMainloop {
           modify_scores<kLevel, true, typename Traits::MmaSdp, TileSdp>(
               mod_of_head(), tSrS, row0, first_key, see_now().shift(), lane);
         }
-        auto scores            = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
+        auto scores            = rows_of(tSrS);
         constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
         float lse[kQueries];
         bool any_large = false;
@@ -213,8 +211,8 @@ struct BwdMainloop {
                                  Shape<Int<Traits::kHeadDim>, Int<kSubM>>{}, make_coord(_0{}, sub));
           auto sQt  = local_tile(TileQ::transposed(stage_q),
                                  Shape<Int<Traits::kHeadDim>, Int<kSubM>>{}, make_coord(_0{}, sub));
-          auto tdVrP  = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
-          auto tdKrdS = make_tensor(tSrdS.data(), as_operand_a(tSrdS.layout()));
+          auto tdVrP  = operand_a_of(tSrP);
+          auto tdKrdS = operand_a_of(tSrdS);
           gemm_rs<typename Traits::OperandQt>(mma_dkv, tdVrdV, tdVrP, sdOt, lane);
           gemm_rs<typename Traits::OperandQt>(mma_dkv, tdKrdK, tdKrdS, sQt, lane);
         }
@@ -250,9 +248,8 @@ struct BwdMainloop {
  private:
   // Queries (columns) of this thread's scores, for reading per-query values.
   CUTE_DEVICE static auto coordinates(int thread) {
-    auto tScS =
-        typename Traits::MmaSdp{}.get_slice(thread).partition_C(make_identity_tensor(TileSdp{}));
-    return make_tensor(tScS.data(), rows_columns(tScS.layout()));
+    auto tScS = tile_coordinates<typename Traits::MmaSdp, TileSdp>(thread);
+    return rows_of(tScS);
   }
 
   // ldmatrix.x4 of Q (or dO) in one S^T (or dP^T) per warp.
@@ -315,8 +312,8 @@ struct BwdMainloop {
   template <class TensorS, class Inner>
   CUTE_DEVICE static void score_gradients(TensorS& tSrdP, TensorS const& tSrP, float const* sDelta,
                                           int thread, Inner inner) {
-    auto gradients = make_tensor(tSrdP.data(), rows_columns(tSrdP.layout()));
-    auto p         = make_tensor(tSrP.data(), rows_columns(tSrP.layout()));
+    auto gradients = rows_of(tSrdP);
+    auto p         = rows_of(tSrP);
     auto where     = coordinates(thread);
     CUTE_UNROLL
     for (int c = 0; c < size<1>(gradients); ++c) {

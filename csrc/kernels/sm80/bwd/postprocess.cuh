@@ -3,6 +3,7 @@
 // It shares the main kernel's MmaDq, in whose coordinates the sum lies: that is why it is not a kernel of its own unit.
 #include "common/bwd_workspace.h"
 #include "pieces/address.cuh"
+#include "pieces/coordinates.cuh"
 #include "pieces/dependent.cuh"
 #include "pieces/sequence.cuh"
 #include "sm80/bwd/traits.cuh"
@@ -39,9 +40,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
   // A row that sees no key has gradient 0, whatever hidden keys hold (0 * NaN).
   auto tdQcdQ =
-      mma.get_slice(thread).partition_C(make_identity_tensor(Shape<Int<kBlockM>, Int<kHeadDim>>{}));
-  auto rows              = make_tensor(tdQrdQ.data(), rows_columns(tdQrdQ.layout()));
-  auto where             = make_tensor(tdQcdQ.data(), rows_columns(tdQcdQ.layout()));
+      tile_coordinates<typename Traits::MmaDq, Shape<Int<kBlockM>, Int<kHeadDim>>>(thread);
+  auto rows              = rows_of(tdQrdQ);
+  auto where             = rows_of(tdQcdQ);
   float const* const lse = params.workspace.rows + int64_t(blockIdx.x) * 2 * kBlockM;
   CUTE_UNROLL
   for (int r = 0; r < size<0>(rows); ++r) {
@@ -55,9 +56,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   fragment_to_smem<typename Traits::MmaDq>(round_to<Element>(tdQrdQ), sdQ, thread);
   __syncthreads();  // PROTECTS: all of dQ is in shared memory.
   smem_to_rows<kBlockM, kHeadDim, Traits::kThreads>(
-      sdQ,
-      matrix_of<Element>(params.dq, site.batch, tile.head) +
-          int64_t(site.q_row0 + row0) * params.dq.row_stride,
+      sdQ, row_of<Element>(params.dq, site.batch, tile.head, site.q_row0 + row0),
       params.dq.row_stride, site.seqlen_q - row0, problem.head_dim, thread);
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 // Which weights of P^T are dropped.  Used by: bwd/mainloop.
+#include "pieces/coordinates.cuh"
 #include "pieces/dropout.cuh"
 #include "sm80/bwd/traits.cuh"
 
@@ -20,9 +21,7 @@ CUTE_DEVICE void mark_dropped(TensorS& tSrS, DropoutBits random, int head, KeepR
   using TileSdp         = Shape<Int<Traits::kBlockN>, Int<Traits::kSubM>>;
   random.pair += head;
   // Coordinates of the warp's first lane: corners of 16 x 16 blocks.
-  auto corner = typename Traits::MmaSdp{}
-                    .get_slice(thread / 32 * 32)
-                    .partition_C(make_identity_tensor(TileSdp{}));
+  auto corner = tile_coordinates<typename Traits::MmaSdp, TileSdp>(thread / 32 * 32);
   CUTE_UNROLL
   for (int m = 0; m < size<1>(tSrS); ++m) {
     CUTE_UNROLL

@@ -3,6 +3,7 @@
 // Used by decode_kernel.  Knows parts and slots, not who works on what.
 #include "pieces/address.cuh"
 #include "pieces/cluster.cuh"
+#include "pieces/coordinates.cuh"
 #include "pieces/merge.cuh"
 #include "sm80/decode/mainloop.cuh"
 #include "sm80/instructions/fragment.cuh"
@@ -68,10 +69,10 @@ struct DecodeEpilogue {
   // A group's results to shared memory.
   template <class TensorO, class Softmax_>
   CUTE_DEVICE void put(TensorO const& tOrO, Softmax_ const& softmax, int group, int thread) const {
-    auto cO     = make_identity_tensor(Shape<Int<kBlockM>, Int<kHeadDim>>{});
-    auto tOcO   = typename Traits::TiledMma{}.get_slice(thread).partition_C(cO);
-    auto o_rows = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
-    auto places = make_tensor(tOcO.data(), rows_columns(tOcO.layout()));
+    auto tOcO =
+        tile_coordinates<typename Traits::TiledMma, Shape<Int<kBlockM>, Int<kHeadDim>>>(thread);
+    auto o_rows = rows_of(tOrO);
+    auto places = rows_of(tOcO);
     CUTE_UNROLL
     for (int r = 0; r < size<0>(o_rows); ++r) {
       int const row = int(get<0>(places(r, 0))), place = group * kBlockM + row;
@@ -264,8 +265,7 @@ struct DecodeEpilogue {
     cutlass::NumericArrayConverter<Element, float, 4> round;
     cutlass::Array<float, 4> const values{x.x * norm, x.y * norm, x.z * norm, x.w * norm};
     *reinterpret_cast<cutlass::Array<Element, 4>*>(
-        matrix_of<Element>(params.out, task.batch, head) + q_row * params.out.row_stride + column) =
-        round(values);
+        row_of<Element>(params.out, task.batch, head, q_row) + column) = round(values);
   }
 
   // Whether this thread block is the last of `count` to come here; then it sees what the others wrote before they came.

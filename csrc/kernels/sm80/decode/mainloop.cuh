@@ -78,9 +78,9 @@ struct DecodeMainloop {
       tSrQ = load_fragments<typename Traits::OperandQ>(sQ, thread);
     }
     TiledMma mma;
-    auto o_rows = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
+    auto o_rows = rows_of(tOrO);
     auto tSrS   = partition_fragment_C(mma, TileS{});
-    auto scores = make_tensor(tSrS.data(), rows_columns(tSrS.layout()));
+    auto scores = rows_of(tSrS);
     int stage   = 0;
     for (int n = task.tile_begin; n < task.tile_end; ++n) {
       cp_async_wait<kStages - 2>();
@@ -107,7 +107,7 @@ struct DecodeMainloop {
       CUTE_UNROLL
       for (int c = 0; c < size<1>(scores); ++c) { softmax.exponentials(scores, c); }
       auto tSrP = round_to<Element>(tSrS);
-      auto tOrP = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
+      auto tOrP = operand_a_of(tSrP);
       gemm_rs<typename Traits::OperandV>(mma, tOrO, tOrP,
                                          TileKV::transposed(smem_k + TileKV::kSize), lane);
       stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -127,10 +127,8 @@ struct DecodeMainloop {
       int64_t const row = row0 + i / kLines;
       int const column  = i % kLines * kLine;
       if (row < task.range.first || column >= params.problem.head_dim) { continue; }
-      prefetch_l2(matrix_of<Element const>(cache.k, task.batch, task.head_kv) +
-                  row * cache.k.row_stride + column);
-      prefetch_l2(matrix_of<Element const>(cache.v, task.batch, task.head_kv) +
-                  row * cache.v.row_stride + column);
+      prefetch_l2(row_of<Element const>(cache.k, task.batch, task.head_kv, row) + column);
+      prefetch_l2(row_of<Element const>(cache.v, task.batch, task.head_kv, row) + column);
     }
   }
 
@@ -164,10 +162,10 @@ struct DecodeMainloop {
     Problem const& problem = params.problem;
     int const group        = params.plan.group;
     int const rows         = task.sequence.seqlen_q * group - task.m_block * Traits::kBlockM;
-    Element const* const q = matrix_of<Element const>(params.q, task.batch, task.head_kv * group) +
-                             task.sequence.q_row0 * params.q.row_stride;
-    auto sQ                = TileQ::tensor(smem);
-    constexpr int kChunks  = Traits::kHeadDim / 8;
+    Element const* const q =
+        row_of<Element const>(params.q, task.batch, task.head_kv * group, task.sequence.q_row0);
+    auto sQ               = TileQ::tensor(smem);
+    constexpr int kChunks = Traits::kHeadDim / 8;
     for (int i = threadIdx.x; i < Traits::kBlockM * kChunks; i += Traits::kThreads) {
       int const row = i / kChunks, column = i % kChunks * 8;
       int const packed  = task.m_block * Traits::kBlockM + row;
@@ -206,10 +204,9 @@ struct DecodeMainloop {
   template <class TensorS, class Function>
   CUTE_DEVICE static void for_scores(Row const* rows, int row0, int thread, TensorS& scores,
                                      Function f) {
-    auto cS           = make_identity_tensor(TileS{});
-    auto tScS         = TiledMma{}.get_slice(thread).partition_C(cS);
-    auto t0ScS        = TiledMma{}.get_slice(_0{}).partition_C(cS);  // known at compile time
-    auto columns      = make_tensor(t0ScS.data(), rows_columns(t0ScS.layout()));
+    auto tScS         = tile_coordinates<TiledMma, TileS>(thread);
+    auto t0ScS        = tile_coordinates<TiledMma, TileS>(_0{});
+    auto columns      = rows_of(t0ScS);
     int const column0 = row0 + int(get<1>(tScS(_0{})));
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {

@@ -3,6 +3,7 @@
 // Invariant: every row of out and lse below seqlen_q is written exactly once.
 #include "pieces/address.cuh"
 #include "pieces/compiler.cuh"
+#include "pieces/coordinates.cuh"
 #include "pieces/features.cuh"
 #include "pieces/sequence.cuh"
 #include "pieces/tile_order.cuh"
@@ -74,7 +75,7 @@ struct QueryTile {
   CUTE_DEVICE typename Loads::Tile operands(SavedTile const& tile, int head_kv) const {
     Problem const& problem = params.problem;
     auto const first_row   = [&](TensorRef const& tensor, int head, int row) {
-      return matrix_of<Element>(tensor, tile.site.batch, head) + row * tensor.row_stride;
+      return row_of<Element>(tensor, tile.site.batch, head, row);
     };
     return {first_row(params.q, tile.head, tile.site.q_row0),
             first_row(params.k, head_kv, tile.site.k_row0),
@@ -99,7 +100,7 @@ struct QueryTile {
     int const thread = opaque_index(threadIdx.x), row0 = site.block * Traits::kBlockM;
     float lse[kRows];
     softmax.finish(lse);
-    auto o_rows = make_tensor(tOrO.data(), rows_columns(tOrO.layout()));
+    auto o_rows = rows_of(tOrO);
     bool empty  = false;  // a row that sees nothing
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -122,10 +123,9 @@ struct QueryTile {
     }
     // The first of four lanes that share rows stores their LSE: before O, so that nothing waits for it at the end.
     using Shape_         = Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>;
-    auto const place     = make_identity_tensor(Shape_{});
-    auto const mine      = typename Traits::TiledMma{}.get_slice(thread).partition_C(place);
-    auto const first     = typename Traits::TiledMma{}.get_slice(_0{}).partition_C(place);
-    auto const rows      = make_tensor(first.data(), rows_columns(first.layout()));
+    auto const mine      = tile_coordinates<typename Traits::TiledMma, Shape_>(thread);
+    auto const first     = tile_coordinates<typename Traits::TiledMma, Shape_>(_0{});
+    auto const rows      = rows_of(first);
     int const row        = row0 + int(get<0>(mine(_0{})));
     int const rows_left  = thread % 4 ? 0 : site.seqlen_q - row;
     float* const lse_row = params.lse + site.batch * problem.lse_batch_stride +
@@ -138,8 +138,7 @@ struct QueryTile {
     // Q's place: only this warp has read its rows.
     fragment_to_rows<typename Traits::TiledMma, Traits::kHeadDim>(
         round_to<Element>(tOrO), Traits::TileQ::tensor(smem),
-        matrix_of<Element>(params.out, site.batch, saved.head) +
-            int64_t(site.q_row0 + row0) * params.out.row_stride,
+        row_of<Element>(params.out, site.batch, saved.head, site.q_row0 + row0),
         params.out.row_stride, site.seqlen_q - row0, problem.head_dim, thread);
   }
 };

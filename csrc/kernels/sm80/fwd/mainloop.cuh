@@ -63,7 +63,7 @@ struct FwdMainloop {
     typename Traits::TiledMma mma;
     auto tSrS = partition_fragment_C(mma, TileS{});
     auto tSrP = make_tensor<Element>(tSrS.layout());
-    auto tOrP = make_tensor(tSrP.data(), as_operand_a(tSrP.layout()));
+    auto tOrP = operand_a_of(tSrP);
     // PROTECTS: the loads started in the last softmax have arrived; no warp reads the stages refilled next.
     auto end_products = [&](auto... score) {  // of no or one that the barrier waits for
       cp_async_wait<0>();

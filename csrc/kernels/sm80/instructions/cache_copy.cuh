@@ -15,7 +15,7 @@ using namespace cute;
 template <class Element, int kRows, int kColumns, int kThreads, int kAdvance>
 struct CacheCopy {
   static constexpr int kPageRows    = 16;
-  static constexpr int kAtomColumns = kColumns % 64 == 0 ? 64 : 32;
+  static constexpr int kAtomColumns = atom_columns(kColumns);
   static constexpr int kChunks = kAtomColumns / 8, kAtoms = kColumns / kAtomColumns;
   static constexpr int kRowStep    = kThreads / kChunks;
   static constexpr int kLookupRows = kRowStep > kPageRows ? kRowStep : kPageRows;
@@ -74,8 +74,8 @@ struct CacheCopy {
         for (int j = 0; j < kAtoms; ++j) {
           uint32_t const to = (down * kAtomColumns + j * kRows * kAtomColumns) * sizeof(Element);
           bool const copies = valid && column + j * kAtomColumns < head_dim;
-          copy_16((k0 ^ half) + to, line_k + j * kAtomColumns, copies);
-          copy_16((v0 ^ half) + to, line_v + j * kAtomColumns, copies);
+          cp_async_16((k0 ^ half) + to, line_k + j * kAtomColumns, copies);
+          cp_async_16((v0 ^ half) + to, line_v + j * kAtomColumns, copies);
         }
         line_k += kRowStep * cache->k.row_stride;
         line_v += kRowStep * cache->v.row_stride;
@@ -103,11 +103,6 @@ struct CacheCopy {
         offset_i += kLookupRows;
       }
     }
-  }
-
-  CUTE_DEVICE static void copy_16(uint32_t smem, Element const* gmem, bool valid) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(smem), "l"(gmem),
-                 "r"(valid ? 16 : 0));
   }
 };
 

@@ -4,16 +4,20 @@
 #include <cute/tensor.hpp>
 
 #include "pieces/compiler.cuh"
+#include "sm80/instructions/smem_layout.cuh"
 
 namespace flash::sm80 {
 using namespace cute;
 
 // 16 bytes from global to shared memory, bypassing L1; zeros when !valid (then the address is not touched).
 template <class Element>
-CUTE_DEVICE void cp_async_16(Element* smem, Element const* gmem, bool valid) {
-  uint32_t const address = cast_smem_ptr_to_uint(smem);
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(address), "l"(gmem),
+CUTE_DEVICE void cp_async_16(uint32_t smem, Element const* gmem, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(smem), "l"(gmem),
                "r"(valid ? 16 : 0));
+}
+template <class Element>
+CUTE_DEVICE void cp_async_16(Element* smem, Element const* gmem, bool valid) {
+  cp_async_16(cast_smem_ptr_to_uint(smem), gmem, valid);
 }
 
 CUTE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;\n"); }
@@ -28,7 +32,7 @@ CUTE_DEVICE void cp_async_wait() {
 //   (kChunks * 8 columns at a time: a row of the shared tile's swizzle atom)
 template <class Element, int kRows, int kColumns, int kThreads>
 struct TileCopy {
-  static constexpr int kAtomColumns = kColumns % 64 == 0 ? 64 : 32;
+  static constexpr int kAtomColumns = atom_columns(kColumns);
   static constexpr int kChunks      = kAtomColumns / 8;  // 16-byte chunks in a row of the atom
   static constexpr int kRowStep = kThreads / kChunks;    // rows that one pass of all threads covers
   static constexpr int kSteps = kRows / kRowStep, kAtoms = kColumns / kAtomColumns;

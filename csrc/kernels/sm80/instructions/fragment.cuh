@@ -32,6 +32,12 @@ CUTE_HOST_DEVICE auto rows_of(Tensor_& fragment) {
   return make_tensor(fragment.data(), rows_columns(fragment.layout()));
 }
 
+// The same registers as an A operand.
+template <class Tensor_>
+CUTE_HOST_DEVICE auto operand_a_of(Tensor_& fragment) {
+  return make_tensor(fragment.data(), as_operand_a(fragment.layout()));
+}
+
 // Row atoms [kFirst_, kEnd) of a fragment (MMA, MMA_M, ...).
 template <int kFirst_, int kEnd>
 struct RowAtoms {

@@ -7,11 +7,14 @@
 namespace flash::sm80 {
 using namespace cute;
 
+// Columns of a tile's swizzle atom.
+constexpr int atom_columns(int columns) { return columns % 64 == 0 ? 64 : 32; }
+
 //   columns % 64 == 0:  8 x 64 atom (rows of 128 bytes), row r keeps 16-byte chunk c at c ^ r
 //   otherwise:          8 x 32 atom (rows of 64 bytes, two per bank line), chunk c at c ^ (r / 2)
 template <int kRows, int kColumns>
 struct SmemTile {
-  static constexpr int kAtomColumns = kColumns % 64 == 0 ? 64 : 32;
+  static constexpr int kAtomColumns = atom_columns(kColumns);
   static_assert(kColumns % kAtomColumns == 0 && kRows % 8 == 0,
                 "a tile is made of whole swizzle atoms");
   using Atom =

@@ -3,6 +3,9 @@
 // Used by: the epilogues of forward and backward.  Invariant: rows >= rows and columns >= head_dim are never written.
 #include <cute/tensor.hpp>
 
+#include "pieces/coordinates.cuh"
+#include "sm80/instructions/smem_layout.cuh"
+
 namespace flash::sm80 {
 using namespace cute;
 
@@ -24,14 +27,14 @@ CUTE_DEVICE void fragment_to_smem(TensorR const& rounded, TensorS&& sTile, int t
 template <class TiledMma, int kColumns, class TensorR, class TensorS, class Element>
 CUTE_DEVICE void fragment_to_rows(TensorR const& rounded, TensorS&& sTile, Element* matrix,
                                   int64_t row_stride, int rows, int head_dim, int thread) {
-  constexpr int kAtomColumns = kColumns % 64 == 0 ? 64 : 32;  // of the tile's swizzle atom
+  constexpr int kAtomColumns = atom_columns(kColumns);
   constexpr int kChunks = kAtomColumns / 8, kRowStep = 32 / kChunks,
                 kRows = decltype(size<0>(sTile))::value;
   fragment_to_smem<TiledMma>(rounded, sTile, thread);
   __syncwarp();
-  auto const place = make_identity_tensor(make_shape(size<0>(sTile), size<1>(sTile)));
-  auto const warp  = TiledMma{}.get_slice(thread / 32 * 32).partition_C(place);
-  auto const first = TiledMma{}.get_slice(_0{}).partition_C(place);  // known at compile time
+  using TileShape  = decltype(make_shape(size<0>(sTile), size<1>(sTile)));
+  auto const warp  = tile_coordinates<TiledMma, TileShape>(thread / 32 * 32);
+  auto const first = tile_coordinates<TiledMma, TileShape>(_0{});
   int const row = int(get<0>(warp(0, 0, 0))) + thread % 32 / kChunks, column = thread % kChunks * 8;
   auto const* chunk = &sTile(row, column);
   // The swizzle inverts bit 2 of a chunk's number with bit 2 of its row.
@@ -63,7 +66,7 @@ CUTE_DEVICE void fragment_to_rows(TensorR const& rounded, TensorS&& sTile, Eleme
 template <int kRows, int kColumns, int kThreads, class Element, class TensorS>
 CUTE_DEVICE void smem_to_rows(TensorS const& sTile, Element* matrix, int64_t row_stride, int rows,
                               int head_dim, int thread) {
-  constexpr int kAtomColumns = kColumns % 64 == 0 ? 64 : 32;  // of the tile's swizzle atom
+  constexpr int kAtomColumns = atom_columns(kColumns);
   constexpr int kChunks = kAtomColumns / 8, kRowStep = kThreads / kChunks;
   static_assert(kRowStep % 8 == 0 && kRows % kRowStep == 0,
                 "passes cover whole swizzle periods: shared addresses differ by constants");
