@@ -27,6 +27,7 @@ from third_party.fetch_cutlass import CutlassError
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 PASSES = ("fwd", "bwd", "decode")
+SOURCES = {".py", ".h", ".cpp", ".cuh", ".cu"}
 
 
 # --- Environment variables -------------------------------------------------------------------------
@@ -476,6 +477,16 @@ def test_nvcc_of_a_unit_runs_the_command_that_it_is_given(tmp_path: Path) -> Non
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     want = ["-Xcompiler", "'a b'", "-c", str(unit), "-gencode", "arch=compute_90a,code=sm_90a"]
     assert result.stdout == "".join(f"[{word}]" for word in want)
+
+
+def test_head_dims_are_listed_once() -> None:
+    """Other files import the list, or its C++ form."""
+    listed = re.compile(r",\s*".join(map(str, kernel_list.HEAD_DIMS)))
+    files = [ROOT / "setup.py"]
+    for folder in ("csrc", "flash_attn", "benchmarks", "tests"):
+        files += [p for p in (ROOT / folder).rglob("*.*") if p.suffix in SOURCES]
+    found = {p for p in files if listed.search(p.read_text())}
+    assert found == {ROOT / "csrc" / "kernels" / "kernel_list.py", *LISTS}
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.name)

@@ -1,5 +1,5 @@
 #pragma once
-// One launch for every family: shared memory attribute, grid limit, error.
+// One launch for every pass: shared memory attribute, grid limit, error.
 #include <cuda_runtime.h>
 
 #include <cstdint>
