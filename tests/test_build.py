@@ -698,6 +698,7 @@ def test_sdist_has_the_sources_and_does_not_import_torch(tmp_path: Path) -> None
     with zipfile.ZipFile(tree / "dist" / "flash_attn-2.8.3.zip") as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
     wanted = {"csrc/build_config.py", "csrc/kernels/generate.py", "csrc/kernels/kernel_list.py"}
+    wanted |= {"csrc/nvcc_of_unit.py", "flash_attn/_head_dims.py"}
     wanted |= {"csrc/flash.h", "third_party/fetch_cutlass.py", "setup.py", "LICENSE"}
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu*")}
     assert wanted <= names
