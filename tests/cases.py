@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-NATIVE_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+from flash_attn._head_dims import HEAD_DIMS as NATIVE_HEAD_DIMS
+
 DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -202,6 +203,17 @@ def is_built(case: Case) -> bool:
         and native_head_dim(case.head_dim) in build["head_dims"]
         and case.dtype in build["dtypes"]
     )
+
+
+def built_isas(pass_name: str) -> list[str]:
+    """Isas with kernels of a pass in this build, the newest first; none where CUDA cannot be tested."""
+    build = cuda_build()
+    if build is None:
+        return []
+    from csrc.kernels import kernel_list
+
+    found = dict.fromkeys(isa for isa, name, _, _ in build["kernels"] if name == pass_name)
+    return [isa for isa in found if pass_name in kernel_list.PASSES[isa]]  # not a test unit's alone
 
 
 def devices() -> list[str]:

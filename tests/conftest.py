@@ -6,6 +6,8 @@ as well run only when -m names it (`-m slow`, `-m "slow or not slow"`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import cases
 import pytest
 import torch
@@ -48,6 +50,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if mark is not None:
         if torch.cuda.device_count() < mark.args[0]:
             pytest.skip(f"needs {mark.args[0]} GPUs, has {torch.cuda.device_count()}")
+
+
+@pytest.fixture
+def pin_isa() -> Iterator[Callable[[str], None]]:
+    """Limits CUDA calls to the kernels of one isa until the test ends: pin_isa("sm80")."""
+    extension = pytest.importorskip("flash_attn_2_cuda")
+    before = extension.build_info()["isa"]
+    yield extension.pin_isa
+    extension.pin_isa(before)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from third_party.fetch_cutlass import CutlassError
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 PASSES = ("fwd", "bwd", "decode")
+SOURCES = {".py", ".h", ".cpp", ".cuh", ".cu"}
 
 
 # --- Environment variables -------------------------------------------------------------------------
@@ -478,6 +479,16 @@ def test_nvcc_of_a_unit_runs_the_command_that_it_is_given(tmp_path: Path) -> Non
     assert result.stdout == "".join(f"[{word}]" for word in want)
 
 
+def test_head_dims_are_listed_once() -> None:
+    """Other files import the list, or its C++ form."""
+    listed = re.compile(r",\s*".join(map(str, kernel_list.HEAD_DIMS)))
+    files = [ROOT / "setup.py"]
+    for folder in ("csrc", "flash_attn", "benchmarks", "tests"):
+        files += [p for p in (ROOT / folder).rglob("*.*") if p.suffix in SOURCES]
+    found = {p for p in files if listed.search(p.read_text())}
+    assert found == {ROOT / "csrc" / "kernels" / "kernel_list.py", *LISTS}
+
+
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.name)
 def test_committed_list_of_head_dims_is_the_generated_one(path: Path) -> None:
     written = path.read_text()
@@ -687,6 +698,7 @@ def test_sdist_has_the_sources_and_does_not_import_torch(tmp_path: Path) -> None
     with zipfile.ZipFile(tree / "dist" / "flash_attn-2.8.3.zip") as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
     wanted = {"csrc/build_config.py", "csrc/kernels/generate.py", "csrc/kernels/kernel_list.py"}
+    wanted |= {"csrc/nvcc_of_unit.py", "flash_attn/_head_dims.py"}
     wanted |= {"csrc/flash.h", "third_party/fetch_cutlass.py", "setup.py", "LICENSE"}
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu*")}
     assert wanted <= names

@@ -24,8 +24,8 @@ from cases import (
 from harness import check_case, check_varlen, features_of, leaves, run_flash
 
 from flash_attn import flash_attn_func
+from flash_attn._head_dims import HEAD_DIMS as DIMS
 
-DIMS = (32, 64, 96, 128, 192, 256)
 HALF = ("fp16", "bf16")
 WINDOWS = (UNLIMITED, (37, 0), (20, 50))
 CAPS = (0.0, 4.0)

@@ -112,7 +112,7 @@ def test_layout_piece(name: str, tmp_path: Path) -> None:
 def test_launch_gets_all_that_it_asks_for_or_is_an_error(tmp_path: Path) -> None:
     if cuda_include() is None:
         pytest.skip("needs the CUDA headers (set CUDA_HOME)")
-    assert " 0 wrong" in build_and_run("check_launch", tmp_path, optimise="-O1", cute=False)
+    assert " 0 wrong" in run(build("check_launch", tmp_path, optimise="-O1"))
 
 
 @needs_source

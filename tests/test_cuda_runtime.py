@@ -42,8 +42,8 @@ from philox import keeps
 from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn._head_dims import HEAD_DIMS as DIMS
 
-DIMS = (32, 64, 96, 128, 192, 256)
 pytestmark = pytest.mark.cuda
 
 

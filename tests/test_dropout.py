@@ -44,9 +44,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn import flash_attn_func
+from flash_attn._head_dims import HEAD_DIMS as DIMS
 from flash_attn.cpu import philox as cpu_philox
 
-DIMS = (32, 64, 96, 128, 192, 256)
 HALF = ("fp16", "bf16")
 # Around the borders of the 32 x 16 blocks that share random words, and of the kernels' tiles.
 LENGTHS = (

@@ -28,7 +28,8 @@ from harness import (
     run_varlen,
 )
 
-DIMS = (32, 64, 96, 128, 192, 256)
+from flash_attn._head_dims import HEAD_DIMS as DIMS
+
 RAGGED = [
     AttnCase(sq, sk, (2, 1), d, mask, batch=2)
     for (sq, sk), d, mask in product(((100, 75), (33, 190), (129, 129), (1, 65)), DIMS, Mask)

@@ -10,9 +10,11 @@ from cases import AttnCase, Inputs, Mask, everywhere, generator, make_inputs, on
 from harness import assert_nearly, check_case, run_flash
 from oracle import attention_oracle, attention_peer
 
+from flash_attn._head_dims import HEAD_DIMS
+
 HALF = ("fp16", "bf16")
 SHAPE = AttnCase(130, 193, (2, 1), 64, Mask.causal)
-DIMS = [SHAPE.but(head_dim=d) for d in (32, 64, 96, 128, 192, 256)]
+DIMS = [SHAPE.but(head_dim=d) for d in HEAD_DIMS]
 on_all_head_dims = on_devices(
     cpu=[SHAPE.but(dtype=dtype) for dtype in ("fp32", "bf16")],
     cuda=[case.but(dtype=dtype) for case in DIMS for dtype in HALF],

@@ -33,6 +33,8 @@ from harness import assert_same_result, check_case, check_varlen, features_of, r
 from test_layouts import heads_first, misaligned_base, odd_head_stride, odd_row_stride
 from test_varlen import check_forward, make_pages
 
+from flash_attn._head_dims import HEAD_DIMS
+
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
@@ -52,7 +54,7 @@ def common(device: str, longest: int) -> dict[str, Any]:
     """Strategies of the fields that dense and variable-length cases share."""
     side = st.one_of(st.just(-1), st.integers(0, 8), st.integers(0, longest + 20))
     group = st.tuples(st.integers(1, 3), st.integers(1, 3)).map(lambda x: (x[0] * x[1], x[1]))
-    dims = st.one_of(st.sampled_from((32, 64, 96, 128, 192, 256)), st.integers(1, 256))
+    dims = st.one_of(st.sampled_from(HEAD_DIMS), st.integers(1, 256))
     dtypes = ("fp16", "bf16") if device == "cuda" else ("fp32", *DTYPES)
     return dict(
         heads=group,

@@ -26,7 +26,8 @@ from harness import (
     run_varlen,
 )
 
-DIMS = (32, 64, 96, 128, 192, 256)
+from flash_attn._head_dims import HEAD_DIMS as DIMS
+
 REPEATED = [
     AttnCase(300, 300, (8, 8), d, mask, dtype, batch=4)
     for (d, dtype), mask in product(zip(DIMS, ("bf16", "fp16") * 3), Mask)

@@ -20,7 +20,8 @@ from cases import (
 )
 from harness import assert_bitwise, check_case, run_flash
 
-DIMS = (32, 64, 96, 128, 192, 256)
+from flash_attn._head_dims import HEAD_DIMS as DIMS
+
 HALF = ("fp16", "bf16")
 LENGTHS = (
     *((97, 97), (113, 203), (203, 113), (1, 300), (300, 2), (257, 257), (65, 512)),

@@ -50,9 +50,9 @@ from philox import keep_mask
 from torch import Tensor
 
 from flash_attn import flash_attn_varlen_func
+from flash_attn._head_dims import HEAD_DIMS as DIMS
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-DIMS = (32, 64, 96, 128, 192, 256)
 HALF = ("fp16", "bf16")
 Lengths = tuple[int, ...]
 BORDERS: Lengths = (31, 32, 33, 63, 64, 65, 95, 97, 127, 128, 129, 16, 1)

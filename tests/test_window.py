@@ -13,8 +13,8 @@ from harness import assert_bitwise, assert_nearly, assert_same_result, check_cas
 from oracle import visible
 
 from flash_attn import flash_attn_func
+from flash_attn._head_dims import HEAD_DIMS as DIMS
 
-DIMS = (32, 64, 96, 128, 192, 256)
 ODD_DIMS = (1, 8, 33, 40, 59, 72, 104, 111, 160, 200, 248)
 HALF = ("fp16", "bf16")
 WINDOWS: tuple[Window, ...] = (

@@ -1,5 +1,5 @@
 #pragma once
-// The tensor core instruction of the sm80 family: m16n8k16, fp32 accumulation.
+// The tensor core instruction of the sm80 kernels: m16n8k16, fp32 accumulation.
 #include <cutlass/numeric_types.h>
 
 #include <cute/tensor.hpp>

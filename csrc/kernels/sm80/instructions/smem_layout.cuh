@@ -1,6 +1,6 @@
 #pragma once
 // Swizzled shared memory tiles of 16-bit elements, row-major, and their transposed views.
-// Used by: the traits of every family.  Invariant: ldmatrix (both directions), 16-byte copies and accumulator stores are free
+// Used by: the traits of every pass.  Invariant: ldmatrix (both directions), 16-byte copies and accumulator stores are free
 // of bank conflicts.
 #include <cute/tensor.hpp>
 

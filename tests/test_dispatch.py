@@ -1,0 +1,105 @@
+"""Which kernels serve a call: the isa that calls are limited to, and the registry as the extension reports it.
+
+The choice itself is checked with made-up kernels and without a GPU: cpp/check_choose.cpp and
+cpp/check_dispatch.cpp.  The CUDA tests here run each isa's kernels by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import AttnCase, Mask, built_isas, cuda_build, make_inputs, on_devices
+from decoding import DecodeCase, check_decode, make_decode_inputs
+from harness import assert_same_result, check_case, run_flash
+
+from csrc.kernels import kernel_list
+from flash_attn import flash_attn_func
+from flash_attn._head_dims import HEAD_DIMS
+
+CASES = [
+    AttnCase(130, 203, (4, 2), head_dim, mask, dtype, batch=2)
+    for head_dim in (*HEAD_DIMS, 40, 72)
+    for mask, dtype in ((Mask.causal, "bf16"), (Mask.none, "fp16"))
+]
+DECODING = [
+    DecodeCase((90, 5, 200), 1, (8, 2), 64, Mask.causal),
+    DecodeCase((90, 5, 200), 30, (4, 2), 128, Mask.causal, page_size=16),
+    DecodeCase((1000,), 2, (4, 2), 64, num_splits=3),
+]
+
+
+@pytest.mark.parametrize("isa", built_isas("bwd"))
+@on_devices(cuda=CASES)
+def test_kernels_of_each_isa_match_the_oracle(
+    device: str, case: AttnCase, isa: str, pin_isa
+) -> None:
+    pin_isa(isa)
+    check_case(case, make_inputs(case, device))
+
+
+@pytest.mark.parametrize("isa", built_isas("decode"))
+@on_devices(cuda=DECODING)
+def test_decoding_kernels_of_each_isa_match_the_oracle(
+    device: str, case: DecodeCase, isa: str, pin_isa
+) -> None:
+    pin_isa(isa)
+    check_decode(case, make_decode_inputs(case, device))
+
+
+@on_devices(cuda=[case for case in CASES if case.head_dim in (64, 40)])
+def test_calls_take_the_newest_isa_that_serves(device: str, case: AttnCase, pin_isa) -> None:
+    """A unit that serves nothing, first in its table, changes nothing."""
+    x = make_inputs(case, device)
+    options = dict(causal=case.causal, deterministic=True)
+    want = run_flash(x.q, x.k, x.v, x.dout, **options)
+    pin_isa(built_isas("fwd")[0])
+    ours = run_flash(x.q, x.k, x.v, x.dout, **options)
+    assert_same_result(ours, want, case, dq_bitwise=True)
+
+
+@pytest.mark.cuda
+def test_an_isa_that_does_not_serve_is_named(device: str, pin_isa) -> None:
+    """With FLASH_ATTN_TEST_UNITS=1 at build time: the unit is built, listed, and serves nothing."""
+    unit = kernel_list.TEST_UNIT
+    built = (unit.isa, unit.pass_name, unit.head_dim, unit.dtype)
+    if built not in cuda_build()["kernels"] or unit.isa in built_isas("fwd"):
+        pytest.skip("needs a build with FLASH_ATTN_TEST_UNITS=1 and no other kernel of its isa")
+    q = torch.zeros(1, 8, 1, unit.head_dim, dtype=torch.bfloat16, device=device)
+    pin_isa(unit.isa)
+    with pytest.raises(RuntimeError, match=rf"head_dim 64 with bf16.*FLASH_ATTN_ISA: {unit.isa}"):
+        flash_attn_func(q, q, q)
+    pin_isa("")
+    flash_attn_func(q, q, q)
+
+
+def test_pinning_to_no_isa_is_refused(pin_isa) -> None:
+    with pytest.raises(RuntimeError, match="isa must be 'sm90', 'sm80' or .*; got 'hopper'"):
+        pin_isa("hopper")
+
+
+def test_environment_pins_the_isa(pin_isa) -> None:
+    code = "import torch, flash_attn_2_cuda as e; print(e.build_info()['isa'])"
+    for isa in ("", "sm80", "hopper"):
+        env = os.environ | {"FLASH_ATTN_ISA": isa}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == isa, done.stderr
+
+
+def test_build_info_lists_the_units_of_the_build(pin_isa) -> None:
+    import flash_attn_2_cuda
+
+    info = flash_attn_2_cuda.build_info()
+    units = kernel_list.units(info["archs"], info["head_dims"], info["dtypes"])
+    wanted = {(u.isa, u.pass_name, u.head_dim, u.dtype) for u in units}
+    unit = kernel_list.TEST_UNIT
+    optional = {(unit.isa, unit.pass_name, unit.head_dim, unit.dtype)}
+    assert wanted <= set(info["kernels"]) <= wanted | optional
+    isas = list(kernel_list.PASSES)
+    for name in {kernel[1] for kernel in info["kernels"]}:
+        order = [isas.index(isa) for isa, other, _, _ in info["kernels"] if other == name]
+        assert order == sorted(order), "the newest isa is asked first"
