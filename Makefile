@@ -6,11 +6,19 @@
 # SYSTEM=1            use PYTHON as it is: no virtual environment, nothing installed, no network
 # ARGS="..."          arguments of the script or of pytest
 # The variables of setup.py (FLASH_ATTN_CUDA_ARCHS, MAX_JOBS, ...) work here too; `make build` reads them anew.
+# Without a visible GPU only `make build` compiles the extension; the other targets do it if asked, by
+# FLASH_ATTN_BUILD_WITHOUT_GPU=1 or by FLASH_ATTN_CUDA_ARCHS.
 
 PYTHON ?= python3
 VENV   ?= .venv
-TORCH  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.9' || echo 'torch==2.13.0')
+GPU    := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
+TORCH  ?= $(if $(GPU),torch>=2.9,torch==2.13.0)
 ARGS   ?=
+
+export FLASH_ATTN_BUILD_WITHOUT_GPU ?= 0
+build: export FLASH_ATTN_BUILD_WITHOUT_GPU := 1
+# Part of a stamp's name, so that a GPU or a request that comes later is not overlooked.
+WITH := $(if $(GPU)$(FLASH_ATTN_CUDA_ARCHS)$(filter-out 0,$(FLASH_ATTN_BUILD_WITHOUT_GPU)),-cuda)
 
 SOURCES := setup.py pyproject.toml $(wildcard third_party/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.* csrc/*/*/*/*.*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -18,11 +26,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ifdef SYSTEM
 RUN   := PYTHONPATH=$(CURDIR) $(PYTHON)
 BIN   :=
-READY := build/.ready-system
+READY := build/.ready-system$(WITH)
 else
 RUN   := $(VENV)/bin/python
 BIN   := $(VENV)/bin/
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready$(WITH)
 endif
 
 .PHONY: demo test build bench bench-build lint format clean
@@ -48,12 +56,12 @@ $(VENV)/.torch:
 	$(RUN) -m pip install -q "$(TORCH)" numpy "setuptools>=77" wheel ninja packaging
 	touch $@
 
-$(VENV)/.ready: $(VENV)/.torch $(SOURCES)
+$(VENV)/.ready$(WITH): $(VENV)/.torch $(SOURCES)
 	$(RUN) setup.py -q build_ext --inplace
 	$(RUN) -m pip install -q --no-build-isolation -e ".[test,demo]"
 	touch $@
 
-build/.ready-system: $(SOURCES)
+build/.ready-system$(WITH): $(SOURCES)
 	$(RUN) setup.py -q egg_info build_ext --inplace
 	mkdir -p build && touch $@
 
@@ -68,4 +76,4 @@ format: $(READY)
 	$(BIN)clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 clean:
-	rm -rf build dist *.egg-info *.so
+	rm -rf build dist *.egg-info *.so $(VENV)/.ready*

@@ -1,14 +1,16 @@
 """Builds flash_attn, and flash_attn_2_cuda where a CUDA toolkit and a CUDA build of torch are found.
 
 Environment variables
-    FLASH_ATTN_CUDA_ARCHS       "80;90": targets; default: the visible GPU's, "80;90" without one
-    FLASH_ATTN_HEAD_DIMS        "64,128": head dimensions to build; default: all of kernel_list.py
-    FLASH_ATTN_DTYPES           "bf16": dtypes to build; default: "fp16,bf16"
-    FLASH_ATTN_TEST_UNITS       1: with a unit for tests of the build alone
-    FLASH_ATTN_SKIP_CUDA_BUILD  1: the Python package and the CPU backend only
-    MAX_JOBS                    compilers at once; default: min(cores, free memory / 5 GB)
-    CUTLASS_PATH                a CUTLASS (4.2 or later) on disk; default: the pinned wheel, downloaded once
-    CUDA_HOME, CUDA_PATH        the CUDA toolkit; default: that of nvcc on PATH
+    FLASH_ATTN_CUDA_ARCHS         "80;90": targets; default: the visible GPU's, "80;90" without one
+    FLASH_ATTN_HEAD_DIMS          "64,128": head dimensions to build; default: all of kernel_list.py
+    FLASH_ATTN_DTYPES             "bf16": dtypes to build; default: "fp16,bf16"
+    FLASH_ATTN_TEST_UNITS         1: with a unit for tests of the build alone
+    FLASH_ATTN_SKIP_CUDA_BUILD    1: the Python package and the CPU backend only
+    FLASH_ATTN_BUILD_WITHOUT_GPU  0: the same where no GPU is visible and FLASH_ATTN_CUDA_ARCHS names
+                                  no target; default: 1, in the Makefile 0
+    MAX_JOBS                      compilers at once; default: min(cores, free memory / 5 GB)
+    CUTLASS_PATH                  a CUTLASS (4.2 or later) on disk; default: the pinned wheel, downloaded once
+    CUDA_HOME, CUDA_PATH          the CUDA toolkit; default: that of nvcc on PATH
 
 torch is imported only to build, never for metadata.  `pip install -v` shows the build's progress.
 """

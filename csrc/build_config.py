@@ -90,11 +90,11 @@ def parse_dtypes(text: str) -> tuple[str, ...]:
     return tuple(d for d in DTYPES if d in chosen) if chosen else DTYPES
 
 
-def parse_switch(name: str, text: str) -> bool:
-    """A variable that is 0 or 1; empty: 0."""
+def parse_switch(name: str, text: str, default: bool = False) -> bool:
+    """A variable that is 0 or 1; empty: default."""
     if text not in ("", "0", "1"):
         raise BuildError(f"{name}={text!r} is neither 0 nor 1")
-    return text == "1"
+    return text == "1" if text else default
 
 
 def parse_max_jobs(text: str) -> int | None:
@@ -304,12 +304,20 @@ def choose_archs(requested: tuple[int, ...], torch: Torch) -> tuple[tuple[int, .
     return usable, "the visible GPU"
 
 
+def _earlier_build(folder: Path) -> str:
+    """What becomes of an extension that an earlier build left in the source tree."""
+    names = sorted(path.name for path in folder.glob("flash_attn_2_cuda*.so"))
+    return f"; {names[0]} stays as it is, make build renews it" if names else ""
+
+
 def make_plan(env: Mapping[str, str], toolkit: Toolkit | None, torch: Torch | str) -> Plan:
     """Decides what to build.  Raises BuildError for bad variables and for toolkits that do not match torch."""
     requested = parse_archs(env.get("FLASH_ATTN_CUDA_ARCHS", ""))
     head_dims = parse_head_dims(env.get("FLASH_ATTN_HEAD_DIMS", ""))
     dtypes = parse_dtypes(env.get("FLASH_ATTN_DTYPES", ""))
     test_units = parse_switch("FLASH_ATTN_TEST_UNITS", env.get("FLASH_ATTN_TEST_UNITS", ""))
+    name = "FLASH_ATTN_BUILD_WITHOUT_GPU"
+    without_gpu = parse_switch(name, env.get(name, ""), default=True)
     python_only = "installing the Python package with the CPU backend only"
     if isinstance(torch, str):
         return Plan(f"{torch} in this environment: {python_only}")
@@ -318,6 +326,11 @@ def make_plan(env: Mapping[str, str], toolkit: Toolkit | None, torch: Torch | st
     if toolkit is None:
         return Plan(
             f"torch {torch.version} has CUDA {torch.cuda}, but there is no nvcc: {python_only}"
+        )
+    if not (torch.capabilities or requested or without_gpu):
+        return Plan(
+            "no GPU visible, no kernel compiled (make build, or FLASH_ATTN_BUILD_WITHOUT_GPU=1, "
+            f"compiles them all): {python_only}{_earlier_build(ROOT)}"
         )
     if toolkit.version.split(".")[0] != torch.cuda.split(".")[0]:
         raise BuildError(

@@ -88,16 +88,16 @@ def test_bad_max_jobs_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text, value", [("", False), ("0", False), ("1", True)])
 def test_switch_is_read(text: str, value: bool) -> None:
     assert build_config.parse_switch("FLASH_ATTN_TEST_UNITS", text) is value
+    assert build_config.parse_switch("ANY", text, default=True) is (value or text == "")
 
 
-def test_bad_switch_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="FLASH_ATTN_TEST_UNITS='yes' is neither 0 nor 1"):
-        build_config.make_plan({"FLASH_ATTN_TEST_UNITS": "yes"}, None, CUDA_TORCH)
-
-
-def test_bad_skip_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASH_ATTN_SKIP_CUDA_BUILD", "yes")
-    with pytest.raises(BuildError, match="FLASH_ATTN_SKIP_CUDA_BUILD='yes'"):
+@pytest.mark.parametrize(
+    "name",
+    ["FLASH_ATTN_SKIP_CUDA_BUILD", "FLASH_ATTN_BUILD_WITHOUT_GPU", "FLASH_ATTN_TEST_UNITS"],
+)
+def test_bad_switch_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(BuildError, match=f"{name}='yes' is neither 0 nor 1"):
         build_config.plan_from_environment()
 
 
@@ -308,6 +308,40 @@ def test_plan_builds_for_the_gpu_that_is_there(
     assert plan.archs == archs
     assert plan.head_dims == kernel_list.HEAD_DIMS and plan.dtypes == kernel_list.DTYPES
     assert all(f"sm_{arch}" in plan.message for arch in archs) and "13.1" in plan.message
+
+
+NO_BUILD_WITHOUT_GPU = {"FLASH_ATTN_BUILD_WITHOUT_GPU": "0"}
+
+
+@pytest.mark.parametrize(
+    "capabilities, env, archs",
+    [
+        ((), NO_BUILD_WITHOUT_GPU, ()),
+        ((), {"FLASH_ATTN_BUILD_WITHOUT_GPU": "1"}, (80, 90)),
+        ((), {"FLASH_ATTN_BUILD_WITHOUT_GPU": ""}, (80, 90)),
+        ((), NO_BUILD_WITHOUT_GPU | {"FLASH_ATTN_CUDA_ARCHS": "90"}, (90,)),
+        ((90,), NO_BUILD_WITHOUT_GPU, (90,)),
+    ],
+)
+def test_plan_without_a_gpu_may_be_to_build_nothing(
+    tmp_path: Path, capabilities: tuple[int, ...], env: dict[str, str], archs: tuple[int, ...]
+) -> None:
+    torch = Torch("2.11.0+cu130", "13.0", capabilities)
+    plan = build_config.make_plan(env, fake_toolkit(tmp_path / "c"), torch)
+    assert plan.archs == archs and plan.has_extension == bool(archs)
+    if not archs:
+        assert plan.message.startswith("no GPU visible, no kernel compiled (make build")
+        assert "\n" not in plan.message
+
+
+def test_extension_of_an_earlier_build_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_config, "ROOT", tmp_path)
+    (tmp_path / "flash_attn_2_cuda.abi3.so").touch()
+    toolkit = fake_toolkit(tmp_path / "c")
+    message = build_config.make_plan(NO_BUILD_WITHOUT_GPU, toolkit, CUDA_TORCH).message
+    assert "; flash_attn_2_cuda.abi3.so stays as it is, make build renews it" in message
 
 
 def test_plan_refuses_a_gpu_before_ampere(tmp_path: Path) -> None:
@@ -733,6 +767,81 @@ def test_broken_torch_builds_the_python_package(tmp_path: Path) -> None:
     assert "CPU backend only" in result.stdout
 
 
+@pytest.fixture
+def gpuless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source tree, nvcc and a CUDA build of torch, no visible GPU, and no CUTLASS: what gets as
+    far as compiling fails because of it."""
+    (tmp_path / "tree").mkdir()
+    tree = source_tree(tmp_path / "tree")
+    torch = tree / "torch"  # the Makefile puts the tree alone on PYTHONPATH
+    torch.mkdir()
+    text = "__version__ = '2.11.0+cu130'\nfrom . import cuda, version\n"
+    (torch / "__init__.py").write_text(text)
+    (torch / "version.py").write_text("cuda = '13.0'\n")
+    (torch / "cuda.py").write_text("def is_available():\n    return False\n")
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda").root))
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path / "no-cutlass"))
+    for name in ("FLASH_ATTN_BUILD_WITHOUT_GPU", "FLASH_ATTN_CUDA_ARCHS", "MAKEFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("FLASH_ATTN_SKIP_CUDA_BUILD", raising=False)
+    shutil.copy(ROOT / "Makefile", tree)
+    return tree
+
+
+BUILDS = "building flash_attn_2_cuda for sm_80, sm_90"
+BUILDS_NOTHING = "no GPU visible, no kernel compiled"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["build/.ready-system"], BUILDS_NOTHING),
+        (["build/.ready-system-cuda", "FLASH_ATTN_BUILD_WITHOUT_GPU=1"], BUILDS),
+        (["build/.ready-system-cuda", "FLASH_ATTN_CUDA_ARCHS=80;90"], BUILDS),
+        (["build"], BUILDS),
+    ],
+    ids=["", "asked", "archs", "build"],
+)
+def test_make_compiles_without_a_gpu_only_if_asked(
+    gpuless: Path, arguments: list[str], said: str
+) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    command = ["make", "SYSTEM=1", f"PYTHON={sys.executable}", *arguments]
+    result = subprocess.run(command, cwd=gpuless, capture_output=True, text=True)
+    assert result.stdout.count("flash_attn: ") == 1 and said in result.stdout, result.stderr
+    assert (result.returncode == 0) == (said == BUILDS_NOTHING)
+    assert ("holds no CUTLASS" in result.stderr) == (said == BUILDS)
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "bench", "lint"])
+def test_make_asks_anew_when_a_build_is_wanted(gpuless: Path, target: str) -> None:
+    """That the tree was made ready without the extension does not keep a later request from it."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    command = ["make", "SYSTEM=1", f"PYTHON={sys.executable}"]
+    subprocess.run([*command, "build/.ready-system"], cwd=gpuless, check=True, capture_output=True)
+    command += ["--dry-run", target]
+    plain = subprocess.run(command, cwd=gpuless, capture_output=True, text=True, check=True)
+    assert "build_ext" not in plain.stdout
+    command.append("FLASH_ATTN_BUILD_WITHOUT_GPU=1")
+    asked = subprocess.run(command, cwd=gpuless, capture_output=True, text=True, check=True)
+    assert "build_ext" in asked.stdout
+
+
+def test_setup_compiles_without_a_gpu(gpuless: Path) -> None:
+    """What pip install runs: no variable of the Makefile is set."""
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    env = os.environ | {"PYTHONPATH": str(gpuless)}
+    result = subprocess.run(command, cwd=gpuless, env=env, capture_output=True, text=True)
+    assert BUILDS in result.stdout and "holds no CUTLASS" in result.stderr
+
+
 def test_hidden_torch_is_found_in_the_interpreters_own_packages(tmp_path: Path) -> None:
     """What an isolated build does: site-packages is not on sys.path."""
     code = (
@@ -756,12 +865,12 @@ def test_site_folders_hold_torch() -> None:
     assert str(Path(torch.__file__).parents[1]) in build_config.site_folders()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["FLASH_ATTN_CUDA_ARCHS", "FLASH_ATTN_HEAD_DIMS", "FLASH_ATTN_TEST_UNITS", "MAX_JOBS"],
-)
-def test_variables_are_documented(name: str) -> None:
-    assert name in (ROOT / "setup.py").read_text().split('"""')[1]
+def test_variables_are_documented() -> None:
+    names = set(re.findall(r"FLASH_ATTN_[A-Z_]+", (ROOT / "csrc" / "build_config.py").read_text()))
+    assert {"FLASH_ATTN_HEAD_DIMS", "FLASH_ATTN_BUILD_WITHOUT_GPU"} <= names
+    for name in (*names, "MAX_JOBS"):
+        assert name in (ROOT / "setup.py").read_text().split('"""')[1]
+        assert f"`{name}`" in (ROOT / "README.md").read_text()
 
 
 # --- python -m flash_attn --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ that it may.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import sys
@@ -192,14 +193,41 @@ def compare(trio: Trio, logits: list[Tensor], targets: Tensor) -> None:
         assert_as_good(name, *each, least=5e-2 * largest)
 
 
+def wraps(outer: Callable[..., Any], function: Callable[..., Any]) -> bool:
+    """Whether outer is function, or decorators and partial objects around it.
+
+    transformers 5.23 puts torch.compiler.disable around the function for caches.
+    """
+    layer: Any = outer
+    while layer is not None and layer is not function:
+        partial = isinstance(layer, functools.partial)
+        layer = layer.func if partial else getattr(layer, "__wrapped__", None)
+    return layer is function
+
+
+def test_wrappers_are_looked_through() -> None:
+    ours, other = flash_attn.flash_attn_func, flash_attn.flash_attn_varlen_func
+    for outer in (
+        ours,
+        torch.compiler.disable(ours),
+        functools.partial(torch.compiler.disable(ours), causal=True),
+    ):
+        assert wraps(outer, ours) and not wraps(outer, other)
+    assert not wraps(lambda *tensors: ours(*tensors), ours)
+
+
 @every_client
 def test_our_functions_are_used(client_name: str, device: str) -> None:
     CLIENTS[client_name].build(device, FLASH, torch.bfloat16)
     functions, _ = client.lazy_import_flash_attention(FLASH)
-    assert functions[0] is flash_attn.flash_attn_func
-    assert functions[1] is flash_attn.flash_attn_varlen_func
-    assert functions[2] is flash_attn.flash_attn_with_kvcache
-    assert functions[3] is flash_attn.bert_padding.pad_input
+    ours = (
+        *(flash_attn.flash_attn_func, flash_attn.flash_attn_varlen_func),
+        *(flash_attn.flash_attn_with_kvcache, flash_attn.bert_padding.pad_input),
+        flash_attn.bert_padding.unpad_input,
+    )
+    assert len(functions) == len(ours)
+    for theirs, function in zip(functions, ours):
+        assert wraps(theirs, function), (theirs, function)
 
 
 @every_client
