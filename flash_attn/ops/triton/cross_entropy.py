@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flash_attn._checks import resolve_integer
 from flash_attn.ops.triton import _cross_entropy_ops as ops
+from flash_attn.utils.distributed import all_gather_raw
 
 __all__ = ["CrossEntropyLoss", "cross_entropy_loss"]
 
@@ -168,8 +169,7 @@ def _combine(
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The whole vocabulary's result from every process's part: losses lack what depends on lse."""
-    parts = lse.new_empty((dist.get_world_size(group), lse.shape[0]))
-    dist.all_gather_into_tensor(parts, lse, group=group)
+    parts, _ = all_gather_raw(lse[None], group)
     dist.all_reduce(losses, group=group)
     lse = torch.logsumexp(parts, 0)
     z_losses = lse_square_scale * lse.square()
