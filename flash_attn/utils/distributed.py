@@ -1,6 +1,7 @@
 """Collectives with gradients, and what keeps parameters alike in a group of processes.
 
-On torch.distributed, with any backend.  A process_group of None is the default group.
+On torch.distributed, with any backend.  A process_group of None is the default group.  torch.compile
+breaks its graph at those with gradients: traced by torch 2.11, their gradients were wrong.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def all_reduce_raw(
     return output, handle
 
 
+@torch.compiler.disable
 def all_gather(input_: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     """``all_gather_raw`` with a gradient: this process's part of the sum of the outputs' gradients.
 
@@ -102,6 +104,7 @@ def all_gather(input_: Tensor, process_group: dist.ProcessGroup | None) -> Tenso
     return _AllGather.apply(input_, process_group)
 
 
+@torch.compiler.disable
 def reduce_scatter(input_: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     """``reduce_scatter_raw`` with a gradient: the outputs' gradients, one after the other.
 
@@ -110,6 +113,7 @@ def reduce_scatter(input_: Tensor, process_group: dist.ProcessGroup | None) -> T
     return _ReduceScatter.apply(input_, process_group)
 
 
+@torch.compiler.disable
 def all_reduce(input_: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     """The sum over all processes, with the gradient that arrives here as that of the input.
 
