@@ -1,0 +1,66 @@
+"""Registration of the operators under ``ops``: one implementation for the CPU and CUDA, and errors.
+
+The operators are opaque to torch.compile.  Their gradients are those of the autograd functions that
+call them; whoever gets to an operator past these asks for a derivative that it does not have, which is
+an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
+) -> Any:
+    """Defines flash_attn::name and returns it.
+
+    Args:
+        implementation: for tensors on the CPU and on CUDA.  The caller's autocast is switched off
+            around it.
+        fake: allocates the results, from fake inputs.
+        vmap: the rule for ``torch.library.register_vmap``; None for an operator that changes its
+            arguments, which has no derivative either.
+    """
+
+    def run(*args: Any) -> Any:
+        kind = args[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return implementation(*args)
+        with torch.autocast(kind, enabled=False):
+            return implementation(*args)
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"flash_attn::{name} has no derivative of its own: call the function in flash_attn.ops"
+            " that calls it, and torch.func's transforms outside of torch.compile"
+        )
+
+    full_name = f"flash_attn::{name}"
+    torch.library.define(full_name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(full_name, ("cpu", "cuda"), run)
+    torch.library.register_fake(full_name, fake)
+    if vmap is not None:
+        torch.library.register_autograd(full_name, refuse)
+        torch.library.register_vmap(full_name, vmap)
+    return getattr(torch.ops.flash_attn, name).default
+
+
+def batch_first(info: Any, in_dims: tuple, args: tuple) -> list[Any]:
+    """The arguments of a vmap rule, with each tensor's batch dimension first, expanded if it had none."""
+    return [
+        arg
+        if not isinstance(arg, Tensor)
+        else arg.expand(info.batch_size, *arg.shape)
+        if dim is None
+        else arg.movedim(dim, 0)
+        for arg, dim in zip(args, in_dims)
+    ]
