@@ -3,6 +3,7 @@
 // Used by: forward and backward kernels.
 #include "pieces/compiler.cuh"
 #include "pieces/dropout.cuh"
+#include "pieces/level.h"
 #include "pieces/score.cuh"
 #include "pieces/sequence.cuh"
 #include "pieces/visibility.cuh"
