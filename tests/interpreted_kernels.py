@@ -9,6 +9,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from flash_attn.ops import activations
 from flash_attn.ops.triton import _cross_entropy_kernels as kernels
 from flash_attn.ops.triton import _cross_entropy_ops as ops
 from flash_attn.ops.triton import _layer_norm_ops as norms
@@ -140,3 +141,22 @@ def test_dropout_keeps_what_the_mask_says(monkeypatch: pytest.MonkeyPatch) -> No
     ours, _ = on_both_paths(monkeypatch, lambda: norms.forward(*tensors, *options))
     assert torch.equal(ours[2] != 0, norms.keep_mask(seeds[:, 0], 37, 0.25))
     assert 0 < (ours[2] == 0).sum() < 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.randn(3, 700, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    x, y, dout = (t.to(dtype) for t in tensors)
+    halves = torch.cat((x, y), 1).chunk(2, 1)
+    results = []
+    for answer in (True, False):
+        monkeypatch.setattr(activations, "_uses_kernels", lambda x, answer=answer: answer)
+        results.append((activations._forward(x, y), *activations._backward(dout, x, y)))
+        results.append(
+            (
+                activations._forward(*halves),
+                *activations._backward(dout[:1].expand(3, 700), *halves),
+            )
+        )
+    for ours, want in zip(results[:2], results[2:]):
+        torch.testing.assert_close(ours, want, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
