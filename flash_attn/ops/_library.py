@@ -28,11 +28,11 @@ def register(
             around it.
         fake: allocates the results, from fake inputs.
         vmap: the rule for ``torch.library.register_vmap``; None for an operator that changes its
-            arguments, which has no derivative either.
+            arguments, which is not asked for a derivative either.
     """
 
     def run(*args: Any) -> Any:
-        kind = args[0].device.type
+        kind = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         if not torch.is_autocast_enabled(kind):
             return implementation(*args)
         with torch.autocast(kind, enabled=False):
@@ -64,3 +64,28 @@ def batch_first(info: Any, in_dims: tuple, args: tuple) -> list[Any]:
         else arg.movedim(dim, 0)
         for arg, dim in zip(args, in_dims)
     ]
+
+
+def vmap_by_loop(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """The vmap rule that calls the operator for every entry and stacks its several results."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple, tuple]:
+        entries = [
+            operator(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        results = tuple(torch.stack(result) for result in zip(*entries))
+        return results, (0,) * len(results)
+
+    return rule
+
+
+def as_views(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What an autograd function gets: under torch.compile views of the tensors, else these.
+
+    dynamo refuses a function that gets one tensor twice.  And of a tensor that is an input of its graph
+    it does not see that torch.func.grad wants the gradient: that gradient was missing without a word.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(None if x is None else x.view_as(x) for x in tensors)

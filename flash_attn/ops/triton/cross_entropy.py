@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flash_attn._checks import resolve_integer
+from flash_attn.ops._library import as_views
 from flash_attn.ops.triton import _cross_entropy_ops as ops
 from flash_attn.utils.distributed import all_gather_raw
 
@@ -70,7 +71,7 @@ def cross_entropy_loss(
         wide = torch.promote_types(logits.dtype, torch.float32)
         precomputed_lse = precomputed_lse.detach().to(wide) if usable else None
     inplace = bool(inplace_backward) and not torch.compiler.is_compiling()
-    inputs = logits, labels, precomputed_lse, *scales, ignore_index
+    inputs = *as_views(logits, labels, precomputed_lse), *scales, ignore_index
     if process_group is None or dist.get_world_size(process_group) == 1:
         losses, z_losses, _ = _CrossEntropy.apply(*inputs, 0, logits.shape[1], inplace, None)
     else:
