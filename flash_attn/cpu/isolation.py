@@ -21,6 +21,7 @@ R = TypeVar("R")
 
 # What products of fp32 matrices may be computed in; other settings round the factors to 16 or 19 bits.
 EXACT = ("ieee", "none")
+_MATMUL = torch.backends.mkldnn.matmul
 _SMALLEST_NORMAL = sys.float_info.min
 
 
@@ -39,9 +40,9 @@ class _ExactProducts:
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._outer = torch.backends.mkldnn.matmul.fp32_precision
+                self._outer = _MATMUL.fp32_precision
                 if self._outer not in EXACT:
-                    torch.backends.mkldnn.matmul.fp32_precision = EXACT[0]
+                    _MATMUL.fp32_precision = EXACT[0]
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -54,7 +55,7 @@ class _ExactProducts:
         if self._outer not in EXACT:
             # "none" is what follows torch.backends.mkldnn.fp32_precision.
             follows = self._outer == torch.backends.mkldnn.fp32_precision
-            torch.backends.mkldnn.matmul.fp32_precision = "none" if follows else self._outer
+            _MATMUL.fp32_precision = "none" if follows else self._outer
 
     def start_in_child(self) -> None:
         """After a fork, which keeps none of the other threads."""
