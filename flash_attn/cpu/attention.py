@@ -1,7 +1,7 @@
 """Exact attention in torch operations, with memory linear in the sequence length, for the CPU.
 
-Used by ``_ops``, which registers these functions as operators, and by ``varlen``; it
-knows nothing of autograd or of the public arguments.
+Used by ``register``, which makes operators of these functions, and by ``varlen``; it knows nothing of
+autograd or of the public arguments.
 
 For every query i, with scores S = softmax_scale * Q K^T (capped, biased: ``scores``), P = softmax(S)
 along the keys that i sees, and dropout weights D_ij = 1 / (1 - p) where kept, else 0,
@@ -11,7 +11,7 @@ along the keys that i sees, and dropout weights D_ij = 1 / (1 - p) where kept, e
 S and P are never held as a whole: both passes walk over tiles of queries by keys that see each
 other.  The forward pass carries the running maximum and sum of each row; the backward pass gets P
 back from lse.  16-bit inputs are computed in fp32.  Where torch's own CPU flash attention means the
-same, it does the work.
+same, it does the work (``torch_kernel``).
 
 Tensors: q, out and their gradients (batch, seqlen_q, heads_q, head_dim); k, v and theirs (batch,
 seqlen_k, heads_k, head_dim), heads_q a multiple of heads_k; lse (batch, heads_q, seqlen_q), a natural
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from flash_attn._arguments import Options
-from flash_attn.cpu.scores import BLOCK_M, BLOCK_N, Scores, blocks, compute_dtype
+from flash_attn.cpu import torch_kernel
+from flash_attn.cpu.scores import BLOCK_M, BLOCK_N, Scores, arange, blocks, compute_dtype, own
 
 # Tiles of several heads are worked on together, up to so many scores.
 PART_SCORES = 4 * BLOCK_M * BLOCK_N
 
 
-@torch.no_grad()
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, options: Options, sequences: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -40,16 +40,25 @@ def attention_forward(
     sequences: (batch,), the numbers of the batch entries among all sequences, for slopes and
     dropout; None: 0, 1, ...
     """
-    scores = Scores.of(q, k, options, sequences)
-    if _torch_kernel_agrees(scores, q, k, v):
-        return _torch_forward(q, k, v, scores)
-    heads_k = k.shape[2]
-    qs, ks, vs = (_by_key_head(x, heads_k) for x in (q, k, v))
-    outs = qs.new_empty(qs.shape)  # (batch * heads_k, group, seqlen_q, head_dim)
-    lses = qs.new_empty(qs.shape[:-1])
+    scores, heads_k = Scores.of(q, k, options, sequences), k.shape[2]
+    if not torch_kernel.serves(scores, q, k):
+        outs, lses = _forward(*(_by_key_head(x, heads_k) for x in (q, k, v)), scores)
+        return _like(outs, q), own(lses.view(q.shape[0], q.shape[2], q.shape[1]))
+    out, lse, wrong = torch_kernel.forward(q, k, v, scores)
+    if wrong is not None:
+        parts = (_by_key_head(x, heads_k)[wrong] for x in (q, k, v))
+        outs, lses = _forward(*parts, scores.part(wrong))
+        _replace(out, heads_k, wrong, outs)
+        _replace(lse.mT.unsqueeze(-1), heads_k, wrong, lses.unsqueeze(-1))
+    return out, lse
+
+
+def _forward(qs: Tensor, ks: Tensor, vs: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """outs (n, group, seqlen_q, head_dim) and lses (n, group, seqlen_q)."""
+    outs, lses = qs.new_empty(qs.shape), qs.new_empty(qs.shape[:-1])
     for part in _parts(qs, ks):
         _forward_part(*(x[part] for x in (qs, ks, vs, outs, lses)), scores.part(part))
-    return _like(outs, q), own(lses.view(q.shape[0], q.shape[2], q.shape[1]))
+    return outs, lses
 
 
 def _forward_part(
@@ -85,7 +94,6 @@ def _forward_part(
         lses[:, :, rows] = lse_tile.view_as(lses[:, :, rows])
 
 
-@torch.no_grad()
 def attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -102,23 +110,43 @@ def attention_backward(
     With dP = D * dO V^T, the gradient of S is dS = P * (dP - delta), where
     delta = rowsum(dO * O) - dlse, and dV = (D * P)^T dO.  Every sum has a fixed order.
     """
-    scores = Scores.of(q, k, options, sequences)
-    if dlse is None and _torch_kernel_agrees(scores, q, k, v, dout):
-        return _torch_backward(dout, q, k, v, out, lse, scores)
-    heads_k = k.shape[2]
-    qs, ks, vs, outs, douts = (_by_key_head(x, heads_k) for x in (q, k, v, out, dout))
+    scores, heads_k = Scores.of(q, k, options, sequences), k.shape[2]
+    rows = (
+        x if x is None else x.mT.unsqueeze(-1) for x in (lse, dlse)
+    )  # (batch, seqlen_q, heads_q, 1)
+    tensors = dout, q, k, v, out, *rows
+    if dlse is not None or not torch_kernel.serves(scores, q, k):
+        parts = (x if x is None else _by_key_head(x, heads_k) for x in tensors)
+        dqs, dks, dvs = _backward(*parts, scores)
+        return _like(dqs, q), _like(dks, k), _like(dvs, v)
+    grads, wrong = torch_kernel.backward(dout, q, k, v, out, lse, scores)
+    if wrong is not None:
+        parts = (x if x is None else _by_key_head(x, heads_k)[wrong] for x in tensors)
+        for grad, values in zip(grads, _backward(*parts, scores.part(wrong))):
+            _replace(grad, heads_k, wrong, values)
+    return grads
+
+
+def _backward(
+    douts: Tensor,
+    qs: Tensor,
+    ks: Tensor,
+    vs: Tensor,
+    outs: Tensor,
+    lses: Tensor,
+    dlses: Tensor | None,
+    scores: Scores,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dqs (n, group, seqlen_q, head_dim); dks and dvs (n, 1, seqlen_k, head_dim)."""
     dqs, dks, dvs = qs.new_zeros(qs.shape), ks.new_empty(ks.shape), vs.new_empty(vs.shape)
-
-    lses = lse.reshape(*qs.shape[:-1], 1)
     deltas = (douts * outs).sum(-1, keepdim=True)
-    if dlse is not None:
-        deltas -= dlse.reshape(deltas.shape)
+    if dlses is not None:
+        deltas -= dlses
     douts = douts * scores.dropout_scale  # D = keep / (1 - p) comes only with dO
-
     for part in _parts(qs, ks):
         tensors = (douts, qs, ks, vs, lses, deltas, dqs, dks, dvs)
         _backward_part(*(x[part] for x in tensors), scores.part(part))
-    return _like(dqs, q), _like(dks, k), _like(dvs, v)
+    return dqs, dks, dvs
 
 
 def _backward_part(
@@ -166,7 +194,6 @@ def _backward_part(
         dvs[:, 0, cols] = dv_tile
 
 
-@torch.no_grad()
 def write_probabilities(
     q: Tensor, k: Tensor, options: Options, probs: Tensor, sequences: Tensor | None = None
 ) -> None:
@@ -177,7 +204,7 @@ def write_probabilities(
     scores = Scores.of(q, k, options, sequences)
     batch, heads_q = q.shape[0], q.shape[2]
     qs, ks = (_by_key_head(x, k.shape[2]) for x in (q, k))
-    heads = torch.arange(batch * heads_q).view(qs.shape[:2])
+    heads = arange(batch * heads_q).view(qs.shape[:2])
     for part in _parts(qs, ks):
         part_scores = scores.part(part)
         for rows in _query_blocks(qs):
@@ -216,9 +243,10 @@ def _like(x: Tensor, original: Tensor) -> Tensor:
     return own(x.to(original.dtype).contiguous())
 
 
-def own(x: Tensor) -> Tensor:
-    """Contiguous x, no copy, but no view to autograd: callers may change a result in place."""
-    return torch.ops.aten._unsafe_view(x, x.shape)
+def _replace(x: Tensor, heads_k: int, which: Tensor, values: Tensor) -> None:
+    """Writes values, which look like _by_key_head(x)[which], to x (batch, seqlen, heads, width)."""
+    by_key_head = x.transpose(1, 2).unflatten(1, (heads_k, -1))
+    by_key_head[which // heads_k, which % heads_k] = values.to(x.dtype)
 
 
 def _tile(x: Tensor, part: slice) -> Tensor:
@@ -251,49 +279,3 @@ def _matmul(weights: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
         part = values[:, j : j + 1].masked_fill(finite[:, j : j + 1], 0)
         result += (weights[..., j : j + 1] * part).masked_fill(hidden[:, j : j + 1], 0)
     return result
-
-
-# torch's own CPU flash attention: (batch, heads, seqlen, head_dim), causal aligned top-left, no
-# gradient of lse.  It multiplies hidden values by 0 and hidden scores, -inf, by the scale, and sums
-# 16-bit gradients in 16 bits: it gets finite inputs, a positive scale, and inputs in fp32.
-
-
-def _torch_kernel_agrees(scores: Scores, q: Tensor, k: Tensor, *others: Tensor) -> bool:
-    if q.numel() == 0 or k.numel() == 0 or not scores.are_plain:
-        return False
-    if scores.see.is_full:
-        return True
-    if not scores.see.is_square_causal or scores.softmax_scale <= 0:
-        return False
-    return all(x.isfinite().all() for x in (q, k, *others))
-
-
-def _torch_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    causal, scale = not scores.see.is_full, scores.softmax_scale
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *map(_heads_first, (q, k, v)), 0.0, causal, scale=scale
-    )
-    return own(out.transpose(1, 2).to(q.dtype).contiguous()), own(lse.contiguous())
-
-
-def _torch_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scores: Scores,
-) -> tuple[Tensor, Tensor, Tensor]:
-    causal, scale = not scores.see.is_full, scores.softmax_scale
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *map(_heads_first, (dout, q, k, v, out)), lse.contiguous(), 0.0, causal, scale=scale
-    )
-    dq, dk, dv = (own(grad.transpose(1, 2).to(q.dtype).contiguous()) for grad in grads)
-    return dq, dk, dv
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """(batch, seqlen, heads, head_dim) -> (batch, heads, seqlen, head_dim), rows contiguous."""
-    x = x.to(compute_dtype(x))
-    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)

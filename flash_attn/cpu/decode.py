@@ -1,6 +1,6 @@
 """Attention to a cache of keys and values, and merging of partial results, for the CPU.
 
-Used by ``_ops``, which registers these functions as operators.  A cache that is not paged is treated
+Used by ``register``, which makes operators of these functions.  A cache that is not paged is treated
 as one page for each sequence; with its queries packed, decoding is ``varlen`` with pages.
 
 Tensors: as ``_ops`` describes them.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flash_attn._arguments import Cache, Lengths, Options
-from flash_attn.cpu import attention, varlen
-from flash_attn.cpu.scores import compute_dtype
+from flash_attn.cpu import varlen
+from flash_attn.cpu.scores import arange, compute_dtype, own
 
 Rotary = tuple[Tensor, Tensor, bool]  # cos, sin, interleaved
 
@@ -25,7 +25,6 @@ def decode_forward(
     return _attend(q, k_cache, v_cache, _seqlens(q, cache), cache, options)
 
 
-@torch.no_grad()
 def decode_append_forward(
     q: Tensor,
     k_cache: Tensor,
@@ -64,7 +63,7 @@ def _attend(
     out, lse = varlen.varlen_forward(_packed(q), k_cache, v_cache, lengths, options)
     if cache.cu_seqlens_q is None:
         out, lse = out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
-    return attention.own(out), attention.own(lse)
+    return own(out), own(lse)
 
 
 def _rotated_queries(
@@ -93,7 +92,7 @@ def _seqlens(q: Tensor, cache: Cache) -> Tensor:
     if cache.cache_seqlens is not None:
         return cache.cache_seqlens.long()
     batch = q.shape[0] if cache.cu_seqlens_q is None else len(cache.cu_seqlens_q) - 1
-    return torch.full((batch,), cache.cache_seqlen)
+    return torch.full((batch,), cache.cache_seqlen, dtype=torch.int64, device="cpu")
 
 
 def _pages(q: Tensor, cache: Cache) -> Tensor:
@@ -102,7 +101,7 @@ def _pages(q: Tensor, cache: Cache) -> Tensor:
         return cache.block_table
     if cache.cache_batch_idx is not None:
         return cache.cache_batch_idx.unsqueeze(1)
-    return torch.arange(len(_seqlens(q, cache))).unsqueeze(1)
+    return arange(len(_seqlens(q, cache))).unsqueeze(1)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -114,13 +113,13 @@ def _cu_seqlens(x: Tensor, cache: Cache) -> Tensor:
     """(batch + 1,): where each sequence begins in packed x (queries, or new keys)."""
     if cache.cu_seqlens_q is not None:
         return cache.cu_seqlens_q.long()
-    return torch.arange(x.shape[0] + 1) * x.shape[1]
+    return arange(x.shape[0] + 1) * x.shape[1]
 
 
 def _places(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """(cu_seqlens[-1],) each: the sequence of a packed row, and its index there."""
-    sequence = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff())
-    return sequence, torch.arange(len(sequence)) - cu_seqlens[sequence]
+    sequence = arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff())
+    return sequence, arange(len(sequence)) - cu_seqlens[sequence]
 
 
 def merge_states(

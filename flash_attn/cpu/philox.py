@@ -65,7 +65,7 @@ def keep_mask(
     if kept == ALL_KEPT:
         return torch.ones_like(bits, dtype=torch.bool)
     pattern, inverted = keep_rule(kept)
-    threshold = torch.tensor(pattern - (pattern >> 15 << 16), dtype=torch.int16)
+    threshold = torch.tensor(pattern - (pattern >> 15 << 16), dtype=torch.int16, device="cpu")
     from_threshold = bits.view(torch.float16) >= threshold.view(torch.float16).item()
     return from_threshold if inverted else from_threshold.logical_not_()
 

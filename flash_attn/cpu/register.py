@@ -15,6 +15,7 @@ from flash_attn._checks import check_lengths
 from flash_attn._checks_decode import check_cache_contents
 from flash_attn._overlap import check_written
 from flash_attn.cpu import attention, decode, varlen
+from flash_attn.cpu.isolation import isolated
 from flash_attn.cpu.scores import compute_dtype
 
 
@@ -242,4 +243,4 @@ _IMPLEMENTATIONS = {
     "merge_states": decode.merge_states,
 }
 for _name, _function in _IMPLEMENTATIONS.items():
-    torch.library.impl(f"flash_attn::{_name}", "CPU", _function)
+    torch.library.impl(f"flash_attn::{_name}", "CPU", isolated(_function))

@@ -81,8 +81,8 @@ class Visibility:
 
     def distance(self, rows: slice, cols: slice) -> Tensor:
         """j - (i + shift), int64 (rows, cols): 0 where a query stands."""
-        i = torch.arange(rows.start, rows.stop).unsqueeze(-1)
-        return torch.arange(cols.start, cols.stop) - (i + self.shift)
+        i = arange(rows.start, rows.stop).unsqueeze(-1)
+        return arange(cols.start, cols.stop) - (i + self.shift)
 
     def _hides(self, rows: slice, cols: slice) -> bool:
         least = cols.start - (rows.stop - 1 + self.shift)
@@ -115,7 +115,7 @@ class Scores:
         batch, _, heads_q, _ = q.shape
         by_key_head = batch * k.shape[2], heads_q // k.shape[2]
         if sequences is None:
-            sequences = torch.arange(batch)
+            sequences = arange(batch)
         slopes = options.alibi_slopes
         if slopes is not None:
             slopes = slopes.expand(heads_q) if slopes.dim() == 1 else slopes[sequences]
@@ -134,11 +134,11 @@ class Scores:
             slopes,
             0.0 if keeps_all else options.dropout_p,
             options.rng_state,
-            (sequences[:, None] * heads_q + torch.arange(heads_q)).view(by_key_head),
+            (sequences[:, None] * heads_q + arange(heads_q)).view(by_key_head),
         )
 
-    def part(self, part: slice) -> "Scores":
-        """The same for some of the key heads."""
+    def part(self, part: slice | Tensor) -> "Scores":
+        """The same for some of the key heads, which may be given by their numbers."""
         slopes = None if self.slopes is None else self.slopes[part]
         return replace(self, slopes=slopes, heads=self.heads[part])
 
@@ -182,9 +182,19 @@ class Scores:
         return keep.unflatten(0, self.heads.shape).flatten(1, 2)
 
 
+def arange(*bounds: int) -> Tensor:
+    """torch.arange, int64 on the CPU whatever the defaults are."""
+    return torch.arange(*bounds, dtype=torch.int64, device="cpu")
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def own(x: Tensor) -> Tensor:
+    """Contiguous x, no copy, but no view to autograd: callers may change a result in place."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def blocks(whole: slice, size: int) -> list[slice]:

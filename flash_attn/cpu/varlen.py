@@ -1,6 +1,6 @@
 """Sequences of different lengths in one tensor, for the CPU: batches of those of equal lengths.
 
-Used by ``_ops``, which registers these functions as operators.  Each batch is gathered by row index,
+Used by ``register``, which makes operators of these functions.  Each batch is gathered by row index,
 which serves paged keys and keys with leading gaps alike, and goes through ``attention``.
 
 Tensors: q, out and their gradients (total_q, heads_q, head_dim); k, v and theirs (total_k, heads_k,
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flash_attn._arguments import Lengths, Options
 from flash_attn.cpu import attention
-from flash_attn.cpu.scores import compute_dtype
+from flash_attn.cpu.scores import arange, compute_dtype
 
 
 def varlen_forward(
@@ -82,8 +82,8 @@ def _equal_lengths(lengths: Lengths) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     members = kind.argsort(stable=True).split(counts.tolist())
     for (seqlen_q, seqlen_k), sequences in zip(kinds.tolist(), members):
         if seqlen_q > 0 and seqlen_k > 0:
-            rows_q = begin_q[sequences, None] + torch.arange(seqlen_q)
-            yield sequences, rows_q, begin_k[sequences, None] + torch.arange(seqlen_k)
+            rows_q = begin_q[sequences, None] + arange(seqlen_q)
+            yield sequences, rows_q, begin_k[sequences, None] + arange(seqlen_k)
 
 
 def _gather_keys(x: Tensor, rows: Tensor, sequences: Tensor, lengths: Lengths) -> Tensor:
