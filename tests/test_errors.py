@@ -18,6 +18,7 @@ from flash_attn import (
 from flash_attn.flash_attn_interface import (
     _flash_attn_backward,
     _flash_attn_forward,
+    _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
 )
 
@@ -370,6 +371,50 @@ def test_internal_backward_checks_where_it_writes(device: str, which: str) -> No
                 *(out, x["q"], x["k"], x["v"], out, lse, *grads.values()),
                 *(0.0, 0.125, False, -1, -1, 0.0, None, False),
             )
+
+
+def one_row(t: Tensor) -> Tensor:
+    return torch.empty_like(t[:, :1]).expand_as(t)
+
+
+def rows_that_overlap(t: Tensor) -> Tensor:
+    strides = t.stride(0), t.shape[-1], t.shape[-1], 1
+    return torch.empty_like(t).as_strided(t.shape, strides)
+
+
+OVERLAPS = {
+    "dq_of_one_row": (lambda x: {"dq": one_row(x["q"])}, "dq .* overlap itself"),
+    "dv_of_overlapping_rows": (lambda x: {"dv": rows_that_overlap(x["v"])}, "dv .* overlap itself"),
+    "dv_that_is_dk": (lambda x: {"dv": x["dk"]}, "dv .* overlap dk"),
+    "dk_that_is_k": (lambda x: {"dk": x["k"]}, "dk .* overlap k "),
+    "dq_that_is_dout": (lambda x: {"dq": x["dout"]}, "dq .* overlap dout"),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+def test_gradients_that_overlap_are_refused(device: str, name: str, varlen: bool) -> None:
+    """Of what is written at once, no part may be another's, and none may be read meanwhile."""
+    x = right_call(device)
+    out, lse, _, _ = _flash_attn_forward(
+        *(x["q"], x["k"], x["v"], 0.0, 0.125, False, -1, -1, 0.0, None, False)
+    )
+    x |= {"dout": torch.ones_like(out), "out": out}
+    x |= {f"d{n}": torch.empty_like(x[n]) for n in "qkv"}
+    change, words = OVERLAPS[name]
+    x |= change(x)
+    lengths = ()
+    if varlen:  # the first sequence alone
+        x, lse = {n: t[0] for n, t in x.items()}, lse[0]
+        cu = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (5, 7)]
+        lengths = (*cu, 5, 7)
+    given = [x[n] for n in ("dout", "q", "k", "v", "out")]
+    call = _flash_attn_varlen_backward if varlen else _flash_attn_backward
+    with pytest.raises(RuntimeError, match=words):
+        call(
+            *(*given, lse, x["dq"], x["dk"], x["dv"], *lengths),
+            *(0.0, 0.125, False, -1, -1, 0.0, None, False),
+        )
 
 
 @pytest.mark.parametrize("argument", ["q", "k", "v"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Alibi, AttnCase, Mask, cuda_build, is_built, make_inputs
-from decoding import DecodeCase, make_decode_inputs, run_decode
+from decoding import DecodeCase, DecodeInputs, make_decode_inputs, run_decode
 from harness import assert_bitwise
+from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_attn.flash_attn_interface import flash_attn_gpu
@@ -91,6 +92,10 @@ KVCACHE = [
     DecodeCase(
         (90, 5, 200), 4, (4, 2), 64, leftpad=(3, 0, 70), alibi=Alibi.per_batch, num_splits=3
     ),
+    DecodeCase(
+        (90, 5, 200), 3, (6, 3), 59, append=3, rotary="halves", rotary_dim=48, unpadded=True
+    ),
+    DecodeCase((90, 5, 200), 3, (6, 1), 59, Mask.causal, append=3, page_size=16, unpadded=True),
 ]
 
 
@@ -120,10 +125,44 @@ def test_fwd_kvcache_takes_20_arguments_cuda(case: DecodeCase) -> None:
             assert_bitwise(name, ours, expected, case)
 
 
+def fwd_kvcache(x: DecodeInputs, k_cache: Tensor, v_cache: Tensor, out_: Tensor | None) -> list:
+    o = x.options
+    return flash_attn_gpu.fwd_kvcache(
+        *(x.q, k_cache, v_cache, o["k"], o["v"], o["cache_seqlens"], None, None, None, None, None),
+        *(None, out_, 0.125, True, -1, -1, 0.0, False, 0),
+    )
+
+
+def test_what_is_written_must_not_overlap_cuda() -> None:
+    """The caches, out_ and the gradients; and nothing is written then."""
+    x = make_decode_inputs(DecodeCase((9, 9), 3, (4, 2), 64, append=3), "cuda")
+    first, whole = x.k_cache[:1].expand_as(x.k_cache), x.v_cache.clone()
+    row = torch.zeros_like(x.q)[:, :1].expand_as(x.q)
+    for k_cache, v_cache, out_, words in (
+        (first, x.v_cache, None, "k_cache is written to and must not overlap itself"),
+        (x.v_cache, x.v_cache, None, "v_cache is written to and must not overlap k_cache"),
+        (x.k_cache, x.v_cache, row, "out_ is written to and must not overlap itself"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            fwd_kvcache(x, k_cache, v_cache, out_)
+    assert_bitwise("v_cache", x.v_cache, whole, "nothing written")
+    q, k, v, dout = inputs()
+    scalars = (0.0, CASE.scale, False, -1, -1, 0.0, False, None)
+    with pytest.raises(RuntimeError, match="out_ is written to"):
+        flash_attn_gpu.fwd(q, k, v, q[:, :1].expand_as(q), None, *scalars)
+    out, lse, _, _ = flash_attn_gpu.fwd(q, k, v, None, None, *scalars)
+    for grads, words in (
+        ((None, k[:, :1].expand_as(k), None), "dk is written to and must not overlap itself"),
+        ((None, torch.empty_like(k), k), "dv is written to and must not overlap k"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            flash_attn_gpu.bwd(dout, q, k, v, out, lse, *grads, None, *scalars, None)
+
+
 def test_a_generator_is_refused_cuda() -> None:
     q, k, v, _ = inputs()
     generator = torch.Generator(device="cuda")
-    with pytest.raises(RuntimeError, match="generator"):
+    with pytest.raises(RuntimeError, match="The `generator` argument is no longer supported"):
         flash_attn_gpu.fwd(
             q, k, v, None, None, 0.0, CASE.scale, False, -1, -1, 0.0, False, generator
         )

@@ -566,6 +566,67 @@ def test_compiles(interleaved: bool, device: str) -> None:
         torch.testing.assert_close(ours, want)
 
 
+def overlapping(x: Tensor) -> dict[str, Tensor]:
+    """Tensors of x's shape in which some elements share their memory."""
+    strides = [*x.stride()]
+    strides[-3] = x.shape[-1]  # the heads of a row are those of the next but the first
+    views = {f"expanded{n}": x.narrow(n, 0, 1).expand_as(x) for n in range(x.dim())}
+    return views | {"strided": x.as_strided(x.shape, strides)}
+
+
+@pytest.mark.parametrize("which", ["expanded0", "expanded1", "expanded2", "expanded3", "strided"])
+def test_in_place_on_a_tensor_that_overlaps_itself(which: str, device: str) -> None:
+    """An error on every device, and nothing is rotated; not in place it is the rotation of a copy."""
+    table = torch.rand(7, 16, device=device)
+    x = overlapping(torch.randn(2, 7, 4, 32, device=device))[which]
+    before = x.clone()
+    for call in (apply_rotary, apply_rotary_emb):
+        with pytest.raises(RuntimeError, match="^x is written to and must not overlap itself"):
+            call(x, table, table, inplace=True)
+        assert torch.equal(x, before)
+        assert torch.equal(call(x, table, table), call(before, table, table))
+    with pytest.raises(RuntimeError, match="^x is written to"):
+        cu_seqlens = torch.tensor([0, 7], dtype=torch.int32, device=device)
+        ragged = overlapping(torch.randn(7, 4, 32, device=device))
+        which = "expanded0" if which == "expanded3" else which
+        apply_rotary_emb(
+            *(ragged[which], table, table), inplace=True, cu_seqlens=cu_seqlens, max_seqlen=7
+        )
+
+
+@pytest.mark.parametrize("which", [*(f"expanded{n}" for n in range(5)), "strided"])
+def test_packed_tensor_that_overlaps_itself(which: str, device: str) -> None:
+    """Also where queries, keys and values share their memory: one would be rotated twice."""
+    table = torch.rand(7, 16, device=device)
+    qkv, kv = (overlapping(torch.randn(2, 7, n, 4, 32, device=device))[which] for n in (3, 2))
+    before = qkv.clone(), kv.clone()
+    with pytest.raises(RuntimeError, match="^qkv is written to and must not overlap itself"):
+        apply_rotary_emb_qkv_(qkv, table, table)
+    with pytest.raises(RuntimeError, match="^kv is written to and must not overlap itself"):
+        apply_rotary_emb_kv_(kv, table, table)
+    assert torch.equal(qkv, before[0]) and torch.equal(kv, before[1])
+    heads = overlapping(torch.randn(2, 7, 4, 32, device=device))["expanded2"]
+    with pytest.raises(RuntimeError, match="^qkv is written to"):
+        apply_rotary_emb_qkv_(heads, table, table, num_heads_q=2)
+
+
+def test_views_that_take_turns_do_not_overlap(device: str) -> None:
+    """Rotated in place as parts of one tensor; in a compiled function too."""
+    table = torch.rand(7, 16, device=device)
+    packed = torch.randn(2, 9, 4, 3, 40, device=device)
+    for view in (packed[:, 1:8, :, 1, :32], packed[:, 1:8].transpose(2, 3)[:, :, 2, 1::2, 4:36]):
+        want = apply_rotary(view, table, table)
+        for dynamic in (None, True):
+            torch._dynamo.reset()
+            compiled = torch.compile(
+                apply_rotary, backend="aot_eager", fullgraph=True, dynamic=dynamic
+            )
+            x = view.clone(memory_format=torch.preserve_format)
+            assert torch.equal(compiled(x, table, table, inplace=True), want)
+        apply_rotary(view, table, table, inplace=True)
+        assert torch.equal(view, want)
+
+
 def test_import_needs_neither_triton_nor_a_gpu() -> None:
     code = """
 import sys

@@ -9,6 +9,7 @@
 #include "torch/checks.h"
 #include "torch/convert.h"
 #include "torch/operators.h"
+#include "torch/overlap.h"
 
 namespace flash {
 namespace {
@@ -32,6 +33,8 @@ void backward(Saved const& saved, Lengths const* lengths, Options const& options
   check_like(dq_out, "dq", q_in, q_in.sizes());
   check_like(dk_out, "dk", q_in, k_in.sizes());
   check_like(dv_out, "dv", q_in, v_in.sizes());
+  check_written({{"dq", dq_out}, {"dk", dk_out}, {"dv", dv_out}},
+                {{"dout", saved.dout}, {"q", q_in}, {"k", k_in}, {"v", v_in}, {"out", saved.out}});
   c10::cuda::CUDAGuard const guard(q_in.device());
   bool const negative =
       options.softmax_scale < 0;  // as in the forward pass: its sign is moved into Q

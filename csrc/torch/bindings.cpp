@@ -14,6 +14,7 @@
 #include "torch/convert.h"
 #include "torch/fast_path/fast_path.h"
 #include "torch/operators.h"
+#include "torch/overlap.h"
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("_flash_attn_forward", &flash::flash_attn_forward);
@@ -73,15 +74,17 @@ using flash::OptionalTensor;
 // pybind11 hands over torch generators as objects; as in flash-attn 2.8.4, only None is taken.
 void check_generator(pybind11::object const& generator) {
   TORCH_CHECK(generator.is_none(),
-              "gen_: the `generator` argument is not supported; torch's default generator is used");
+              "gen_: The `generator` argument is no longer supported; torch's default generator is "
+              "used");
 }
 
-void copy_if_given(OptionalTensor const& target, at::Tensor const& value) {
-  if (!target) { return; }
-  TORCH_CHECK(target->sizes() == value.sizes() && target->scalar_type() == value.scalar_type(),
-              "out_: must have shape ", value.sizes(), " and dtype ", value.scalar_type(), "; got ",
-              target->sizes(), " and ", target->scalar_type());
-  target->copy_(value);
+// The result has q's shape and dtype.  Checked before anything is launched.
+void check_out(OptionalTensor const& out_, at::Tensor const& q) {
+  if (!out_) { return; }
+  TORCH_CHECK(out_->sizes() == q.sizes() && out_->scalar_type() == q.scalar_type(),
+              "out_: must have shape ", q.sizes(), " and dtype ", q.scalar_type(), "; got ",
+              out_->sizes(), " and ", out_->scalar_type());
+  flash::check_written({{"out_", *out_}});
 }
 
 // Other libraries count on two numbers without dropout, too.
@@ -94,12 +97,13 @@ Tensors fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_,
             int64_t left, int64_t right, double softcap, bool return_softmax,
             pybind11::object generator) {
   check_generator(generator);
+  check_out(out_, q);
   TORCH_CHECK(!return_softmax || p_dropout > 0,
               "return_softmax is only supported when p_dropout > 0.0");
   auto [out, lse, probs, rng_state] =
       flash::flash_attn_forward(q, k, v, p_dropout, softmax_scale, causal, left, right, softcap,
                                 alibi_slopes, return_softmax, {}, {}, {});
-  copy_if_given(out_, out);
+  if (out_) { out_->copy_(out); }
   return {out_ ? *out_ : out, lse, probs, two_numbers(rng_state)};
 }
 
@@ -111,13 +115,14 @@ Tensors varlen_fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_
                    int64_t left, int64_t right, double softcap, bool return_softmax,
                    pybind11::object generator, int64_t num_splits) {
   check_generator(generator);
+  check_out(out_, q);
   TORCH_CHECK(!return_softmax || p_dropout > 0,
               "return_softmax is only supported when p_dropout > 0.0");
   auto [out, lse, probs, rng_state] = flash::flash_attn_varlen_forward(
       q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout, softmax_scale,
       causal, left, right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k, seqused_k,
       zero_tensors, num_splits, {}, {}, {});
-  copy_if_given(out_, out);
+  if (out_) { out_->copy_(out); }
   return {out_ ? *out_ : out, lse, probs, two_numbers(rng_state)};
 }
 
@@ -161,12 +166,19 @@ Tensors fwd_kvcache(at::Tensor q, at::Tensor k_cache, at::Tensor v_cache, Option
                     OptionalTensor alibi_slopes, OptionalTensor out_, double softmax_scale,
                     bool causal, int64_t left, int64_t right, double softcap,
                     bool rotary_interleaved, int64_t num_splits) {
+  check_out(out_, q);
   TORCH_CHECK(k.has_value() == v.has_value(),
               "k and v: If key is supplied, value must also be passed in");
   TORCH_CHECK(!k || seqlens_k, "seqlens_k: If key is supplied, seqlens_k must also be passed in");
   TORCH_CHECK(k || !rotary_cos,
               "k: If rotary cos/sin are provided, new key / value to be appended to KV cache must "
               "also be provided");
+  if (k_cache.size(-1) % 8 != 0) {  // flash_attn_with_kvcache warns by itself, through Python
+    TORCH_WARN_ONCE("k_cache: its head_dim ", k_cache.size(-1),
+                    " is no multiple of 8, so that every call copies what it uses of k_cache and "
+                    "v_cache; caches of zeros whose head_dim is the next multiple of 8 are used "
+                    "where they are");
+  }
   int64_t const capacity = k_cache.size(1) * (block_table ? block_table->size(1) : 1);
   auto [out, lse] =
       k ? flash::flash_attn_kvcache_append(q, k_cache, v_cache, *k, *v, rotary_cos, rotary_sin,
@@ -176,7 +188,7 @@ Tensors fwd_kvcache(at::Tensor q, at::Tensor k_cache, at::Tensor v_cache, Option
         : flash::flash_attn_kvcache(q, k_cache, v_cache, {}, q.size(1), seqlens_k, capacity,
                                     cache_batch_idx, leftpad_k, block_table, softmax_scale, causal,
                                     left, right, softcap, alibi_slopes, num_splits);
-  copy_if_given(out_, out);
+  if (out_) { out_->copy_(out); }
   return {out_ ? *out_ : out, lse};
 }
 

@@ -13,6 +13,7 @@ from flash_attn import _ops
 from flash_attn._arguments import Cache, Lengths, Options
 from flash_attn._checks import check_lengths
 from flash_attn._checks_decode import check_cache_contents
+from flash_attn._overlap import check_written
 from flash_attn.cpu import attention, decode, varlen
 from flash_attn.cpu.scores import compute_dtype
 
@@ -139,6 +140,14 @@ def _gradients(
     return varlen.varlen_backward(*tensors, lengths, options)
 
 
+def _check_given(
+    given: tuple[Tensor | None, Tensor | None, Tensor | None], read: tuple[Tensor, ...]
+) -> None:
+    """given: dq, dk, dv, as far as they are wanted; read: dout, q, k, v, out."""
+    written = {name: x for name, x in zip(("dq", "dk", "dv"), given) if x is not None}
+    check_written(written, dict(zip(("dout", "q", "k", "v", "out"), read)))
+
+
 def _fill(given: tuple[Tensor | None, Tensor | None, Tensor | None], values: Gradients) -> None:
     for gradient, value in zip(given, values):
         if gradient is not None:
@@ -169,6 +178,7 @@ def _backward_functional(
 def _backward(
     dout, q, k, v, out, softmax_lse, dq, dk, dv, *options, dlse=None, return_softmax_d=True, **numbers
 ):  # fmt: skip
+    _check_given((dq, dk, dv), (dout, q, k, v, out))
     values = _backward_functional(dout, q, k, v, out, softmax_lse, *options, dlse=dlse, **numbers)
     _fill((dq, dk, dv), values)
     return _softmax_d(dout, out, None, return_softmax_d)
@@ -192,6 +202,7 @@ def _varlen_backward(
     max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes,
     deterministic, rng_state=None, zero_tensors=False, dlse=None, return_softmax_d=True, **numbers
 ):  # fmt: skip
+    _check_given((dq, dk, dv), (dout, q, k, v, out))
     values = _varlen_backward_functional(
         *(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
@@ -213,6 +224,7 @@ def _kvcache_append(
     q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, rotary_interleaved, *arguments
 ):
     cache, options = Cache(*arguments[:7]), Options(*arguments[7:13], 0.0, None)
+    check_written({"k_cache": k_cache, "v_cache": v_cache})
     check_cache_contents(q, k_cache, k, rotary_cos, cache, options)
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin, rotary_interleaved)
     return decode.decode_append_forward(q, k_cache, v_cache, k, v, rotary, cache, options)

@@ -7,6 +7,7 @@ Gradients are those of the rotated tensors; cos and sin get none.
 import torch
 from torch import Tensor, nn
 
+from flash_attn._overlap import check_not_overlapping_itself
 from flash_attn.ops.triton.rotary import apply_rotary
 
 __all__ = [
@@ -123,7 +124,7 @@ def apply_rotary_emb(
         cos, sin: (seqlen_rotary, rotary_dim / 2) with rotary_dim at most head_dim: row p belongs to
             position p.  They get no gradient; ``apply_rotary_emb_torch`` gives one.
         interleaved: the pairs are neighbours rather than half of rotary_dim apart: ``rotate_half``.
-        inplace: change x and return it.
+        inplace: change x and return it; x must not overlap itself in memory.
         seqlen_offsets: the position of each sequence's first token: one for all, or (batch,), int32
             or int64.
         cu_seqlens: (batch + 1,), int32: where each sequence begins in a ragged x.
@@ -223,7 +224,7 @@ def apply_rotary_emb_qkv_(
     Args:
         qkv: (batch, seqlen, 3, heads, head_dim), or (batch, seqlen, num_heads_q + 2 * num_heads_k,
             head_dim): the heads of queries, of keys, of values.  With cu_seqlens total takes the
-            place of batch, seqlen.
+            place of batch, seqlen.  It must not overlap itself in memory.
         cos, sin: (seqlen_rotary, rotary_dim / 2), of queries and keys.
         cos_k, sin_k: the keys' own, such as those of xPos.
         num_heads_q: wanted for the second form of qkv, and only for it.
@@ -254,6 +255,7 @@ def apply_rotary_emb_qkv_(
             "qkv must have num_heads_q + 2 * num_heads_k heads; got"
             f" {qkv.shape[-2]} heads, num_heads_q = {num_heads_q}"
         )
+    check_not_overlapping_itself("qkv", qkv)
     options = interleaved, max_seqlen, False
     return _ApplyRotaryPacked.apply(
         qkv, cos, sin, cos_k, sin_k, cu_seqlens, num_heads_q, seqlen_offsets, *options
@@ -274,7 +276,7 @@ def apply_rotary_emb_kv_(
 
     Args:
         kv: (batch, seqlen, 2, heads, head_dim), with cu_seqlens (total, 2, heads, head_dim): keys,
-            then values.
+            then values.  It must not overlap itself in memory.
         cos, sin: (seqlen_rotary, rotary_dim / 2).
 
     The other arguments are those of ``apply_rotary_emb``.
@@ -290,6 +292,7 @@ def apply_rotary_emb_kv_(
         raise RuntimeError(
             f"kv must have shape ({rows}, 2, heads, head_dim); got {tuple(kv.shape)}"
         )
+    check_not_overlapping_itself("kv", kv)
     options = interleaved, max_seqlen, False
     return _ApplyRotaryPacked.apply(
         kv, cos, sin, None, None, cu_seqlens, None, seqlen_offsets, *options

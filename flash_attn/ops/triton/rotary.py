@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flash_attn._checks import resolve_integer
+from flash_attn._overlap import check_not_overlapping_itself
 
 try:
     import triton
@@ -58,7 +59,7 @@ def apply_rotary(
         max_seqlen: length of the longest sequence of a ragged x; it only divides the work.
         interleaved: the pairs are dimensions (0, 1), (2, 3), ... rather than (0, rotary_dim / 2),
             (1, rotary_dim / 2 + 1), ...
-        inplace: change x and return it.
+        inplace: change x and return it; x must not overlap itself in memory.
         conjugate: rotate the other way.
 
     Returns:
@@ -73,6 +74,8 @@ def apply_rotary(
     if not isinstance(seqlen_offsets, Tensor):
         seqlen_offsets = resolve_integer("seqlen_offsets", seqlen_offsets)
     _check(x, cos, sin, seqlen_offsets, cu_seqlens)
+    if inplace:
+        check_not_overlapping_itself("x", x)
     rotary_dim = 2 * cos.shape[1]
     out = x if inplace else torch.empty_like(x)
     if not inplace and rotary_dim < x.shape[-1]:
