@@ -28,7 +28,7 @@ from flash_attn._checks import (
 )
 from flash_attn.cpu.scores import compute_dtype
 
-# The kernels copy vectors of 8 elements, and never copy a cache to make it fit.
+# The attention kernels copy vectors of 8 elements; where head_dim is no multiple, a copy is padded.
 CACHE_VECTOR = 8
 MAX_SPLITS = 128
 ROTARY_DIM_MULTIPLE = 16
@@ -38,7 +38,8 @@ def check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens_q: Tenso
     """The number of sequences.
 
     q (batch, seqlen_q, heads_q, head_dim), or with cu_seqlens_q (total_q, heads_q, head_dim);
-    k_cache, v_cache (batch_cache, seqlen_cache or page_size, heads_k, head_dim rounded up to 8).
+    k_cache, v_cache (batch_cache, seqlen_cache or page_size, heads_k, head_dim, as it is or rounded
+    up to a multiple of 8).
     """
     q_shape, k_shape = q.shape, k_cache.shape
     if len(q_shape) != (4 if cu_seqlens_q is None else 3):
@@ -56,8 +57,12 @@ def check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens_q: Tenso
         )
 
     heads_q, head_dim, heads_k = q_shape[-2], q_shape[-1], k_shape[2]
-    if k_shape[3] != head_dim or head_dim % CACHE_VECTOR != 0:
-        _check_cache_head_dim(q_shape, k_shape)
+    rounded = -(-head_dim // CACHE_VECTOR) * CACHE_VECTOR
+    if k_shape[3] != head_dim and k_shape[3] != rounded:
+        raise RuntimeError(
+            f"k_cache: head_dim must equal q's, as it is or rounded up to a multiple of"
+            f" {CACHE_VECTOR}; got k_cache = {shape_text(k_shape)}, q = {shape_text(q_shape)}"
+        )
     check_head_sizes(q_shape, heads_q, heads_k, head_dim, "k_cache")
     check_dtype_and_device(q, k_cache, v_cache, "_cache")
     _check_cache_strides("k_cache", k_cache)
@@ -73,29 +78,13 @@ def check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens_q: Tenso
     return batch
 
 
-def _check_cache_head_dim(q_shape: torch.Size, k_shape: torch.Size) -> None:
-    head_dim = q_shape[-1]
-    rounded = -(-head_dim // CACHE_VECTOR) * CACHE_VECTOR
-    if k_shape[3] == head_dim:
-        raise RuntimeError(
-            f"k_cache: head_dim must be a multiple of {CACHE_VECTOR}, so that no call copies the"
-            f" cache; got {head_dim}. Allocate k_cache and v_cache as zeros with head_dim ="
-            f" {rounded}; q, k and v keep theirs"
-        )
-    if k_shape[3] != rounded:
-        raise RuntimeError(
-            f"k_cache: head_dim must equal q's, rounded up to a multiple of {CACHE_VECTOR}; got"
-            f" k_cache = {shape_text(k_shape)}, q = {shape_text(q_shape)}"
-        )
-
-
 def _check_cache_strides(name: str, cache: Tensor) -> None:
     *strides, last = cache.stride()
     if last != 1:
         raise RuntimeError(
             f"{name} must have contiguous last dimension; got strides {cache.stride()}"
         )
-    if not cache.is_cuda:
+    if not cache.is_cuda or cache.shape[3] % CACHE_VECTOR != 0:  # the latter are copied
         return
     for size, stride in zip(cache.shape, strides):
         if stride % CACHE_VECTOR != 0 and size > 1:
@@ -362,11 +351,32 @@ def check_cache_contents(
         if begin is not None and is_new:
             begin = torch.minimum(begin, seqlens)  # what is appended is written even if skipped
         check_pages("k_cache", table, k_cache, begin, end)
+        if is_new:
+            _check_written_once(table, k_cache.shape[1], seqlens, seqlens_new)
     if rotary_cos is not None:
         moves = options.causal or options.window_left >= 0 or options.window_right >= 0
         behind = seqlens + (seqlens_q if moves else seqlens_q.clamp(max=1))
         most = torch.full_like(behind, rotary_cos.shape[0])
         _check_range("rotary_cos: rows for the queries of sequence", behind, most, "seqlen_rotary")
+
+
+def _check_written_once(
+    table: Tensor, page_size: int, seqlens: Tensor, seqlens_new: Tensor
+) -> None:
+    """No two of the rows that are appended are one row of one page."""
+    sequence = torch.arange(len(seqlens), device=table.device).repeat_interleave(seqlens_new)
+    index = torch.arange(len(sequence), device=table.device)
+    row = seqlens[sequence] + index - (seqlens_new.cumsum(0) - seqlens_new)[sequence]
+    page = table[sequence, row // page_size].long()
+    place, order = (page * page_size + row % page_size).sort(stable=True)
+    is_again = place[1:] == place[:-1]
+    if is_again.any():
+        at = int(is_again.nonzero()[0])
+        pair = sequence[order[at : at + 2]].tolist()
+        raise RuntimeError(
+            "block_table must not name a block twice where k and v are appended; got block"
+            f" {place[at].item() // page_size} for new rows of sequences {pair[0]} and {pair[1]}"
+        )
 
 
 def _check_range(name: str, x: Tensor, most: Tensor, limit: str) -> None:

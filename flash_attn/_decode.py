@@ -3,6 +3,7 @@
 The public function of ``flash_attn_interface`` that is for inference, with its documentation.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -54,10 +55,14 @@ def flash_attn_with_kvcache(
             (total_q, heads_q, head_dim).  fp16 or bf16 on CUDA; on the CPU fp32 and fp64 besides.
         k_cache: (batch_cache, seqlen_cache, heads_k, head_dim); or with a block_table paged,
             (num_blocks, page_size, heads_k, head_dim), page_size a multiple of 16.  Of q's dtype and
-            device.  Never copied, so that the last stride must be 1 and, on CUDA, the others
-            multiples of 8.  If q's head_dim is not a multiple of 8, the cache's is the next one,
-            and what lies beyond head_dim is zeros.
-        v_cache: the same shape as k_cache.
+            device, the last stride being 1.  If head_dim is a multiple of 8, the cache is used where
+            it is, and on CUDA the other strides must be multiples of 8 too.  Else the cache may have
+            the next multiple, in zeros beyond head_dim.  A cache of head_dim itself is written in
+            place too, but every call on CUDA copies what it uses of it to attend to: the entries or
+            pages of the sequences, all rows of them unless cache_seqlens is an integer.  That is
+            announced once by a warning.
+        v_cache: the same shape as k_cache.  If k and v are given, the two must overlap in memory
+            neither each other nor themselves, as an expanded tensor does.
         k: (batch, seqlen_new, heads_k, head_dim): new keys, written to the rows cache_seqlens[b] to
             cache_seqlens[b] + seqlen_new, exclusive, of sequence b.  With cu_seqlens_q (total_q,
             heads_k, head_dim): one for every query.  Default: none.
@@ -147,6 +152,8 @@ def flash_attn_with_kvcache(
 
     head_dim = q.shape[-1]
     padding = k_cache.shape[3] - head_dim
+    if k_cache.is_cuda and k_cache.shape[3] % CUDA_HEAD_DIM_MULTIPLE != 0:
+        _warn_of_copies()
     if padding:
         q, k, v = (None if x is None else F.pad(x, (0, padding)) for x in (q, k, v))
     q = maybe_contiguous(q)
@@ -160,6 +167,24 @@ def flash_attn_with_kvcache(
     if padding:
         out = out[..., :head_dim].contiguous()
     return (out, softmax_lse) if return_softmax_lse else out
+
+
+_warned_of_copies = False
+
+
+@torch.compiler.assume_constant_result  # so that a compiled function warns when it is traced
+def _warn_of_copies() -> bool:
+    """Says once that a cache is copied at every call, and how to avoid it."""
+    global _warned_of_copies
+    if not _warned_of_copies:
+        _warned_of_copies = True
+        warnings.warn(
+            "flash_attn_with_kvcache: head_dim of k_cache and v_cache is no multiple of 8, so that"
+            " every call copies what it uses of them. Allocate them as zeros with head_dim rounded"
+            " up to a multiple of 8 to have them used where they are; q, k and v keep theirs",
+            stacklevel=3,
+        )
+    return True
 
 
 def _call(op: Any, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ class DecodeCase(CaseBase):
     room: int = 7  # rows that the cache has beyond the longest sequence
     num_splits: int = 0
     unused: int = 0  # rows of q beyond the last sequence
+    unpadded: bool = False  # the cache has head_dim itself, not the next multiple of 8
     window: Window = UNLIMITED
     softcap: float = 0.0
     alibi: Alibi = Alibi.none
@@ -72,6 +73,7 @@ class DecodeCase(CaseBase):
         parts += [self.entries] if self.entries else []
         parts += [f"splits{self.num_splits}"] if self.num_splits else []
         parts += [f"unused{self.unused}"] if self.unused else []
+        parts += ["unpadded"] if self.unpadded else []
         return "-".join((*parts, self.tail()))
 
     @property
@@ -107,7 +109,7 @@ class DecodeCase(CaseBase):
 
     @property
     def cache_head_dim(self) -> int:
-        return -(-self.head_dim // 8) * 8
+        return self.head_dim if self.unpadded else -(-self.head_dim // 8) * 8
 
 
 @dataclass

@@ -79,8 +79,58 @@ def varlen(x: dict[str, Any]) -> dict[str, Any]:
     return tensors | {"cu_seqlens_q": cu, "max_seqlen_q": 2}
 
 
+def expanded(dim: int, *names: str) -> Change:
+    """Caches whose entries, rows or heads are all the same memory."""
+
+    def changed(x: dict[str, Any]) -> dict[str, Any]:
+        names_here = names or ("k_cache", "v_cache")
+        return {n: x[n].narrow(dim, 0, 1).expand_as(x[n]) for n in names_here}
+
+    return changed
+
+
+def restrided(name: str, *strides: int) -> Change:
+    return lambda x: {name: x[name].as_strided(x[name].shape, strides)}
+
+
+def one_buffer(shift: int) -> Change:
+    """v_cache begins `shift` elements behind k_cache, whose size is 8192."""
+
+    def changed(x: dict[str, Any]) -> dict[str, Any]:
+        buffer = x["q"].new_zeros(2 * 8192)
+        starts = {"k_cache": 0, "v_cache": shift}
+        return {n: buffer[at : at + 8192].view(2, 32, 2, 64) for n, at in starts.items()}
+
+    return changed
+
+
+def in_turns(x: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values of one tensor, as layers and transformers keep them."""
+    both = x["q"].new_zeros(2, 32, 2, 2, 64)
+    return {"k_cache": both[:, :, 0], "v_cache": both[:, :, 1]}
+
+
+def in_turns_by_page(x: dict[str, Any]) -> dict[str, Any]:
+    """One tensor (pages, 2, ...), in which values have another order of dimensions than keys."""
+    both = x["q"].new_zeros(5, 2, 16 * 2 * 64)
+    caches = {"k_cache": both[:, 0].view(5, 16, 2, 64)}
+    return paged(x) | caches | {"v_cache": both[:, 1].view(5, 2, 16, 64).transpose(1, 2)}
+
+
 RIGHT = {
     "append": given(),
+    "head_dim_60": head_dim(60),
+    "expanded_entries_that_are_read": also(PLAIN, expanded(0)),
+    "expanded_pages_that_are_read": also(PLAIN, paged, expanded(0)),
+    "keys_that_are_the_values": also(PLAIN, one_buffer(0)),
+    "keys_and_values_in_turns": in_turns,
+    "keys_and_values_in_turns_by_page": in_turns_by_page,
+    "keys_then_values": one_buffer(8192),
+    "page_that_two_sequences_read": also(
+        paged,
+        integers("cache_seqlens", 16, 29),
+        lambda x: {"block_table": x["block_table"].masked_fill(x["block_table"] == 2, 0)},
+    ),
     "plain": PLAIN,
     "paged": paged,
     "varlen": varlen,
@@ -113,7 +163,11 @@ SHAPES = [
     Bad("head_dim_264", head_dim(264), ("at most 256", "264")),
     Bad("head_dim_0", head_dim(0), ("head", "0")),
     Bad("cache_of_head_dim_72", head_dim(72, "k_cache", "v_cache"), ("k_cache", "72", "64")),
-    Bad("cache_of_head_dim_60", head_dim(60), ("k_cache", "multiple of 8", "60", "64", "zeros")),
+    Bad(
+        "cache_of_head_dim_61_for_60",
+        also(head_dim(60, "q", "k", "v"), head_dim(61, "k_cache", "v_cache")),
+        ("k_cache", "rounded up to a multiple of 8", "(2, 32, 2, 61)", "(2, 3, 4, 60)"),
+    ),
 ]
 DTYPES = [
     Bad("k_cache_in_fp64", cast(torch.float64, "k_cache"), ("query and key", "k_cache", "float64")),
@@ -146,6 +200,21 @@ STRIDES = [
     Bad("sin_with_gaps", gaps("rotary_sin"), ("rotary_sin must have contiguous last dimension",)),
     Bad("lengths_with_gaps", strided("cache_seqlens"), ("cache_seqlens must be contiguous",)),
     Bad("table_with_gaps", also(paged, strided("block_table")), ("block_table", "contiguous")),
+]
+OVERLAPS = [
+    Bad(
+        "expanded_entries", expanded(0), ("k_cache", "overlap itself", "(0, 128, 64, 1)", "(2, 32,")
+    ),
+    Bad("expanded_rows", expanded(1), ("k_cache", "overlap itself")),
+    Bad("expanded_heads", expanded(2, "v_cache"), ("v_cache", "overlap itself", "(4096, 128, 0")),
+    Bad("expanded_pages", also(paged, expanded(0)), ("k_cache", "overlap itself", "(5, 16, 2")),
+    Bad("expanded_and_varlen", also(varlen, expanded(0)), ("k_cache", "overlap itself")),
+    Bad("expanded_head_dim_59", also(head_dim(59), expanded(0)), ("k_cache", "overlap itself")),
+    Bad("rows_that_overlap", restrided("k_cache", 4096, 64, 64, 1), ("k_cache", "overlap itself")),
+    Bad("entries_that_overlap", restrided("v_cache", 256, 128, 64, 1), ("v_cache", "itself")),
+    Bad("keys_that_are_the_values", one_buffer(0), ("v_cache", "overlap k_cache")),
+    Bad("keys_one_row_before_values", one_buffer(128), ("v_cache", "overlap k_cache")),
+    Bad("last_row_of_keys_in_values", one_buffer(8192 - 64), ("v_cache", "overlap k_cache")),
 ]
 NEW = [
     Bad(
@@ -288,6 +357,15 @@ CONTENTS = [
         also(paged, integers("cache_seqlens", 5, 16), lambda x: hole(x["block_table"])),
         ("block_table[1, 1]", "-1"),
     ),
+    Bad(
+        "page_twice",
+        also(
+            paged,
+            integers("cache_seqlens", 5, 21),
+            lambda x: {"block_table": x["block_table"].masked_fill(x["block_table"] == 3, 0)},
+        ),
+        ("block_table must not name a block twice", "block 0", "sequences 0 and 1"),
+    ),
     Bad("cu_seqlens_q_from_1", also(varlen, integers("cu_seqlens_q", 1, 2, 3)), ("start at 0",)),
     Bad("cu_seqlens_q_falls", also(varlen, integers("cu_seqlens_q", 0, 2, 1)), ("decrease",)),
     Bad("cu_seqlens_q_too_far", also(varlen, integers("cu_seqlens_q", 0, 2, 5)), ("4 rows", "5")),
@@ -321,7 +399,7 @@ def test_right_call_is_taken(device: str, name: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "bad",
-    [*SHAPES, *DTYPES, *STRIDES, *NEW, *ROTARY, *ENTRIES, *VALUES, *CONTENTS],
+    [*SHAPES, *DTYPES, *STRIDES, *OVERLAPS, *NEW, *ROTARY, *ENTRIES, *VALUES, *CONTENTS],
     ids=str,
 )
 def test_wrong_call_is_refused(device: str, bad: Bad, monkeypatch: pytest.MonkeyPatch) -> None:

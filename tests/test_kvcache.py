@@ -6,6 +6,7 @@ range.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import cycle, product
@@ -29,7 +30,12 @@ from harness import assert_bitwise, assert_nearly
 from oracle import Result
 from torch import Tensor
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import (
+    _decode,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 
 CAUSAL, FULL = Mask.causal, Mask.none
 RAGGED = (0, 1, 63, 64, 65, 200, 513)
@@ -123,12 +129,42 @@ def ragged_queries() -> Iterator[DecodeCase]:
     yield some.but(lengths=(0, 0), seqlen_q=(20, 3)), some.but(head_dim=72, append=1)
 
 
+def unpadded() -> Iterator[DecodeCase]:
+    """Caches whose head_dim is no multiple of 8, in the combinations that flash-attn's test has.
+
+    Five sequences of 6 heads; head_dim 59, of which none, half or all is rotated, in multiples of 16.
+    """
+    groups, dtypes = cycle(((6, 6), (6, 1), (6, 3))), cycle(("fp16", "bf16"))
+    rotary = cycle(
+        (("", 0), ("halves", 16), ("interleaved", 16), ("halves", 48), ("interleaved", 48))
+    )
+    ragged, equal = (0, 127, 64, 5, 90), (250,) * 5
+    masks = cycle((dict(mask=CAUSAL), dict(mask=FULL), dict(mask=FULL, window=(20, 9))))
+    for seqlen_q, page_size in product((1, 3, 64), (0, 256, 16)):
+        # Tables of equal sequences name fewer pages than there are, those of ragged ones more.
+        base = DecodeCase(ragged, seqlen_q, (6, 6), 59, page_size=page_size, unpadded=True)
+        for lengths, new in product((ragged, equal), (None, 1, seqlen_q)):
+            name, rotary_dim = next(rotary) if new is not None else ("", 0)
+            options = dict(rotary=name, rotary_dim=rotary_dim, heads=next(groups), **next(masks))
+            yield base.but(lengths=lengths, append=new, dtype=next(dtypes), **options)
+        alibi = base.but(alibi=Alibi.per_batch, mask=CAUSAL, append=seqlen_q, heads=(6, 3))
+        yield alibi, alibi.but(leftpad=(0, 100, 64, 1, 33), append=None, num_splits=3)
+        yield base.but(leftpad=(0, 100, 3, 1, 33), append=1, rotary="halves", rotary_dim=48)
+    some, pages = DecodeCase(ragged, 3, (6, 3), 59, CAUSAL, append=3, unpadded=True), cycle(PAGES)
+    yield some.but(entries="permuted"), some.but(entries="permuted", rotary="halves", rotary_dim=48)
+    yield some.but(entries="repeated", append=None), some.but(softcap=5.0, head_dim=201)
+    for head_dim in (1, 2, 7, 33, 60, 111, 255):
+        yield some.but(head_dim=head_dim, page_size=next(pages))
+    varlen = some.but(seqlen_q=(3, 0, 17, 1, 9), rotary="interleaved", rotary_dim=48, unused=4)
+    yield varlen, varlen.but(page_size=16), varlen.but(append=None, rotary="", page_size=64)
+
+
 def flattened(cases: Iterator[Any]) -> list[DecodeCase]:
     return [c for case in cases for c in (case if isinstance(case, tuple) else (case,))]
 
 
-ATTENDING, OPTIONS, APPENDING, QUERIES = (
-    flattened(f()) for f in (attending, with_options, appending, ragged_queries)
+ATTENDING, OPTIONS, APPENDING, QUERIES, UNPADDED = (
+    flattened(f()) for f in (attending, with_options, appending, ragged_queries, unpadded)
 )
 
 
@@ -155,6 +191,51 @@ def test_queries_of_different_lengths_match_oracle(device: str, case: DecodeCase
     check_decode(case, make_decode_inputs(case, device))
 
 
+@all_devices(UNPADDED)
+def test_cache_of_any_head_dim_matches_oracle(device: str, case: DecodeCase) -> None:
+    """Appended to where it is, bitwise."""
+    check_decode(case, make_decode_inputs(case, device))
+
+
+@everywhere(UNPADDED[1].but(lengths=(90,) * 5))
+def test_cache_of_any_head_dim_takes_a_number_as_length(device: str, case: DecodeCase) -> None:
+    """Rows beyond it are not looked at."""
+    x = make_decode_inputs(case, device)
+    want, y = run_decode(x.fresh()), x.fresh()
+    ours = run_decode(y, cache_seqlens=90)
+    assert_nearly("out", ours.out, want.out, case, eps=2 * torch.finfo(want.out.dtype).eps)
+    assert_nearly("lse", ours.lse, want.lse, case, eps=1e-6)
+    check_caches(case, y, expect(case, x))
+
+
+def test_copies_are_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the call is compiled."""
+
+    def twice(x: Tensor) -> Tensor:
+        return x + _decode._warn_of_copies() + _decode._warn_of_copies()
+
+    for call in (twice, torch.compile(twice, backend="eager", fullgraph=True)):
+        monkeypatch.setattr(_decode, "_warned_of_copies", False)
+        with pytest.warns(
+            UserWarning, match="zeros with head_dim rounded up to a multiple of 8"
+        ) as all:
+            call(torch.ones(1)), call(torch.ones(1))
+        assert len(all) == 1
+
+
+@everywhere(UNPADDED[1], UNPADDED[1].but(unpadded=False), UNPADDED[1].but(head_dim=64))
+def test_only_copies_are_announced(
+    device: str, case: DecodeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_decode, "_warned_of_copies", False)
+    x = make_decode_inputs(case, device)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run_decode(x), run_decode(x)
+    copies = device == "cuda" and case.cache_head_dim % 8 != 0
+    assert len(found) == copies, [str(w.message) for w in found]
+
+
 EDGES = [
     DecodeCase((0, 0, 0), 1, (4, 2), 64, CAUSAL),
     DecodeCase((0, 0), 5, (2, 2), 128, FULL, page_size=16),
@@ -165,6 +246,8 @@ EDGES = [
     DecodeCase((5, 90), 0, (4, 1), 64, CAUSAL),
     DecodeCase((5, 90), 0, (4, 1), 64, CAUSAL, append=3),
     DecodeCase((0, 5), 2, (4, 1), 64, CAUSAL, append=0, page_size=16),
+    DecodeCase((0, 0), 5, (2, 1), 59, CAUSAL, room=0, unpadded=True),
+    DecodeCase((0, 0), 5, (2, 1), 59, CAUSAL, page_size=16, unpadded=True),
 ]
 
 
@@ -289,6 +372,8 @@ LAYOUTS = [
     DecodeCase((90, 5, 200), 1, (8, 2), 128, CAUSAL, append=1, page_size=16),
     DecodeCase((90, 5, 200), 40, (4, 2), 96, FULL, page_size=64),
     DecodeCase((90, 5, 200), 2, (2, 1), 256, FULL),
+    DecodeCase((90, 5, 200), 2, (6, 3), 59, CAUSAL, append=2, unpadded=True),
+    DecodeCase((90, 5, 200), 2, (6, 3), 59, CAUSAL, append=2, page_size=16, unpadded=True),
 ]
 
 
@@ -355,6 +440,7 @@ INVARIANT = [
     DecodeCase((90, 700, 64, 525, 9), 2, (6, 2), 256, FULL, alibi=Alibi.per_batch, page_size=48),
     DecodeCase((90, 700, 64, 525, 9), 2, (6, 2), 192, CAUSAL, leftpad=(3, 200, 64, 100, 0)),
     DecodeCase((90, 700, 0, 525, 9), (3, 1, 9, 0, 130), (4, 2), 128, CAUSAL, append=1),
+    DecodeCase((90, 700, 64, 525, 9), 2, (6, 2), 59, CAUSAL, page_size=48, unpadded=True),
 ]
 
 
@@ -523,6 +609,8 @@ FULL_CACHES = [
     DecodeCase((60, 3, 62), 4, (4, 2), 64, CAUSAL, append=4, room=-2),
     DecodeCase((60, 3, 62), 4, (4, 2), 128, CAUSAL, append=4, room=-2, page_size=16),
     DecodeCase((62, 3, 64), (4, 1, 3), (4, 2), 64, CAUSAL, append=1, room=-3, page_size=64),
+    DecodeCase((60, 3, 62), 4, (4, 2), 59, CAUSAL, append=4, room=-2, unpadded=True),
+    DecodeCase((60, 3, 62), 4, (4, 2), 59, CAUSAL, append=4, room=-2, page_size=16, unpadded=True),
 ]
 
 
@@ -600,6 +688,10 @@ COMPILED = [
     DecodeCase((90, 5, 60), 3, (4, 2), 64, FULL, window=(30, 3), softcap=4.0, num_splits=2),
     DecodeCase((90, 5, 60), (3, 0, 9), (4, 2), 64, CAUSAL, append=1, alibi=Alibi.per_head),
     DecodeCase((90, 5, 60), 2, (4, 2), 33, CAUSAL, append=2),
+    DecodeCase((90, 5, 60), 2, (6, 2), 59, CAUSAL, append=2, rotary="halves", rotary_dim=48).but(
+        unpadded=True
+    ),
+    DecodeCase((90, 5, 60), 1, (6, 1), 59, CAUSAL, append=1, page_size=16, unpadded=True),
 ]
 
 

@@ -1,5 +1,6 @@
 // Operators flash_attn::_flash_attn_kvcache and merge_states on CUDA, and the forward pass with a block table.
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -9,6 +10,8 @@
 #include "torch/checks.h"
 #include "torch/convert.h"
 #include "torch/operators.h"
+#include "torch/overlap.h"
+#include "torch/padded_cache.h"
 
 namespace flash {
 namespace {
@@ -22,6 +25,9 @@ struct Append {
 
 int* data_of(OptionalTensor const& tensor) { return tensor ? tensor->data_ptr<int>() : nullptr; }
 
+// The attention kernels read 16 bytes at a time.
+bool needs_padding(at::Tensor const& q) { return q.size(-1) % 8 != 0; }
+
 void check_cache(at::Tensor const& q, at::Tensor const& k_cache, at::Tensor const& v_cache,
                  CacheArguments const& arguments) {
   TORCH_CHECK(q.is_cuda(), "q must be on CUDA; got ", q.device());
@@ -30,8 +36,9 @@ void check_cache(at::Tensor const& q, at::Tensor const& k_cache, at::Tensor cons
   int64_t const dims = arguments.cu_seqlens_q ? 3 : 4, head_dim = q.size(-1);
   TORCH_CHECK(q.dim() == dims && k_cache.dim() == 4, "q must have ", dims,
               " dimensions and k_cache 4; got ", q.sizes(), " and ", k_cache.sizes());
-  TORCH_CHECK(head_dim <= 256 && head_dim % 8 == 0 && head_dim > 0,
-              "q: head_dim must be a multiple of 8 from 8 to 256; got ", head_dim);
+  TORCH_CHECK(head_dim <= 256 && head_dim > 0,
+              "q: FlashAttention only supports head dimension at most 256, and at least 1; got ",
+              head_dim);
   int64_t const heads_q = q.size(-2), heads_kv = k_cache.size(2);
   TORCH_CHECK(heads_kv > 0 && heads_q % heads_kv == 0,
               "k_cache: Number of heads in key/value must divide number of heads in query; got ",
@@ -40,7 +47,7 @@ void check_cache(at::Tensor const& q, at::Tensor const& k_cache, at::Tensor cons
   check_like(k_cache, "k_cache", q, shape);
   check_like(v_cache, "v_cache", q, shape);
   for (auto const& [cache, name] : {std::pair{&k_cache, "k_cache"}, {&v_cache, "v_cache"}}) {
-    TORCH_CHECK(is_aligned(*cache), name,
+    TORCH_CHECK(needs_padding(q) ? cache->stride(-1) == 1 : is_aligned(*cache), name,
                 ": must have a contiguous last dimension, and strides and an address that are "
                 "multiples of 16 bytes; got strides ",
                 cache->strides());
@@ -158,6 +165,64 @@ bool fits_forward(DecodeParams const& params, CacheArguments const& arguments) {
   return is_plain && tiles >= kManyTiles && params.cache.seqlen + params.cache.seqlen_new > 0;
 }
 
+// Attention to what is in the cache, whose lengths do not count yet what was appended.
+std::tuple<at::Tensor, at::Tensor> attend_aligned(at::Tensor const& q, at::Tensor const& k_cache,
+                                                  CacheArguments const& arguments,
+                                                  Options const& options, int64_t num_splits,
+                                                  DecodeParams params, cudaStream_t stream) {
+  at::Tensor out = new_like(q), lse = new_lse(q);
+  if (out.numel() == 0) { return {out, lse}; }
+  if (k_cache.numel() == 0 || params.cache.capacity == 0) {  // rows that see no key
+    return {out.zero_(), lse.fill_(std::numeric_limits<float>::infinity())};
+  }
+  if (num_splits == 0 && fits_forward(params, arguments)) {
+    int const rows = std::min(params.cache.seqlen + params.cache.seqlen_new, params.cache.capacity);
+    FwdParams const forward{
+        make_problem(q, false, {params.problem.batch, k_cache.size(2), q.size(1), rows}, options),
+        ref(q),
+        params.cache.k,
+        params.cache.v,
+        ref(out),
+        lse.data_ptr<float>()};
+    check_status(launch_fwd(forward, stream));
+    return {out, lse};
+  }
+  params.q = ref(q), params.out = ref(out), params.lse = lse.data_ptr<float>();
+  params.num_splits = int(num_splits);
+  Plan const plan   = plan_decode(params);
+  c10::DataPtr const workspace =
+      c10::cuda::CUDACachingAllocator::get()->allocate(size_t(plan.workspace_bytes));
+  check_status(launch_decode(params, plan, workspace.get(), stream));
+  return {out, lse};
+}
+
+// The same where head_dim is no multiple of 8: attention to a padded copy.
+std::tuple<at::Tensor, at::Tensor> attend_padded(at::Tensor const& q, at::Tensor const& k_cache,
+                                                 at::Tensor const& v_cache,
+                                                 CacheArguments const& given,
+                                                 Options const& options, int64_t num_splits,
+                                                 DecodeParams params, cudaStream_t stream) {
+  at::AutoDispatchBelowAutograd const guard;
+  int64_t rows = params.cache.capacity;
+  if (!given.seqlens && !given.cu_seqlens_k) {  // the host knows the lengths, or a bound
+    int const added = params.cache.seqlen_new;
+    rows = std::min<int64_t>(rows, int64_t(params.cache.seqlen) +
+                                       (added == kAsQueries ? params.problem.seqlen_q : added));
+  }
+  int64_t const batch                       = params.problem.batch;
+  auto const [k, v, batch_idx, block_table] = padded_cache(k_cache, v_cache, given, batch, rows);
+  CacheArguments const arguments{given.cu_seqlens_q, given.cu_seqlens_k, given.max_seqlen_q,
+                                 given.seqlens,      given.seqlen,       batch_idx,
+                                 given.leftpad,      block_table};
+  at::Tensor const wide = padded(q);
+  KvCache cache         = make_cache(k, v, arguments);
+  cache.seqlen_new      = params.cache.seqlen_new;
+  params.cache          = cache;
+  params.problem        = cache_problem(wide, batch, cache, k.size(2), arguments, options);
+  auto const [out, lse] = attend_aligned(wide, k, arguments, options, num_splits, params, stream);
+  return {out.narrow(-1, 0, q.size(-1)).contiguous(), lse};
+}
+
 std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tensor const& k_cache,
                                                 at::Tensor const& v_cache,
                                                 CacheArguments const& arguments,
@@ -171,6 +236,7 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
               "num_splits > 128 not supported, nor negative ones; got ", num_splits);
   TORCH_CHECK(options.dropout_p == 0.0, "dropout_p: must be 0 with a cache; got ",
               options.dropout_p);
+  if (rows) { check_written({{"k_cache", k_cache}, {"v_cache", v_cache}}); }
 
   c10::cuda::CUDAGuard const guard(q_in.device());
   cudaStream_t const stream = c10::cuda::getCurrentCUDAStream();
@@ -193,31 +259,10 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
       if (!cache->is_inference()) { cache->unsafeGetTensorImpl()->bump_version(); }
     }
   }
-
-  at::Tensor out = new_like(q), lse = new_lse(q);
-  if (out.numel() == 0) { return {out, lse}; }
-  if (k_cache.numel() == 0 || params.cache.capacity == 0) {  // rows that see no key
-    return {out.zero_(), lse.fill_(std::numeric_limits<float>::infinity())};
+  if (needs_padding(q)) {
+    return attend_padded(q, k_cache, v_cache, arguments, options, num_splits, params, stream);
   }
-  if (num_splits == 0 && fits_forward(params, arguments)) {
-    int const rows = std::min(params.cache.seqlen + params.cache.seqlen_new, params.cache.capacity);
-    FwdParams const forward{
-        make_problem(q, false, {batch, k_cache.size(2), q.size(1), rows}, options),
-        ref(q),
-        params.cache.k,
-        params.cache.v,
-        ref(out),
-        lse.data_ptr<float>()};
-    check_status(launch_fwd(forward, stream));
-    return {out, lse};
-  }
-  params.q = ref(q), params.out = ref(out), params.lse = lse.data_ptr<float>();
-  params.num_splits = int(num_splits);
-  Plan const plan   = plan_decode(params);
-  c10::DataPtr const workspace =
-      c10::cuda::CUDACachingAllocator::get()->allocate(size_t(plan.workspace_bytes));
-  check_status(launch_decode(params, plan, workspace.get(), stream));
-  return {out, lse};
+  return attend_aligned(q, k_cache, arguments, options, num_splits, params, stream);
 }
 
 }  // namespace

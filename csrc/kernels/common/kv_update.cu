@@ -1,5 +1,5 @@
 // New keys and values into a cache, keys rotated; queries rotated into a tensor of their own.  Attention kernels know of neither.
-// One thread for 16 bytes of K, V or Q, or of both halves of a pair of rotated 16 bytes.
+// One thread for a vector of K, V or Q, or for both vectors of a rotated pair.
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
 
@@ -12,10 +12,12 @@
 namespace flash {
 namespace {
 
-constexpr int kThreads = 128, kVector = 8;
+constexpr int kThreads = 128;
+// Elements of 16 bytes.  Rows whose length is no multiple of it may begin anywhere: they are copied one element at a time.
+constexpr int kWide = 8;
 
-template <class Element>
-using Vector = cutlass::AlignedArray<Element, kVector>;
+template <class Element, int kVector>
+using VectorOf = cutlass::AlignedArray<Element, kVector>;
 
 // Which sequence a new row, or query, belongs to.
 struct Token {
@@ -58,21 +60,21 @@ __device__ bool find_row(KvCache const& cache, int batch, int row, int& page, in
 }
 
 // Values i of x1 and j of x2 become x1 cos - x2 sin and x1 sin + x2 cos, in fp32.
-template <class Element>
-__device__ void rotate(Vector<Element>& x1, int i, Vector<Element>& x2, int j, Element cos,
-                       Element sin) {
+template <class Vector, class Element>
+__device__ void rotate(Vector& x1, int i, Vector& x2, int j, Element cos, Element sin) {
   float const a = float(x1[i]), b = float(x2[j]), c = float(cos), s = float(sin);
   x1[i] = Element(a * c - b * s), x2[j] = Element(a * s + b * c);
 }
 
-// Copies one row's columns [column, column + 8), rotated by the position if they are in the rotary dimensions.  Without interleaving the
-// thread of a column in their first half does its partner in the second half too.
-template <class Element>
+// Copies one row's columns [column, column + kVector), rotated by the position if they are in the rotary dimensions.  The thread of a
+// pair's first column does its second too, where that is in another vector.
+template <int kVector, class Element>
 __device__ void copy_rotated(KvUpdateParams const& params, Element const* from, Element* to,
                              int column, int position) {
+  using Vector   = VectorOf<Element, kVector>;
   int const half = params.rotary_dim / 2;
-  auto const in  = [&](int at) { return *reinterpret_cast<Vector<Element> const*>(from + at); };
-  auto const out = [&](int at) -> auto& { return *reinterpret_cast<Vector<Element>*>(to + at); };
+  auto const in  = [&](int at) { return *reinterpret_cast<Vector const*>(from + at); };
+  auto const out = [&](int at) -> auto& { return *reinterpret_cast<Vector*>(to + at); };
   if (column >= params.rotary_dim) {
     out(column) = in(column);
     return;
@@ -81,21 +83,28 @@ __device__ void copy_rotated(KvUpdateParams const& params, Element const* from, 
   Element const* const cos = static_cast<Element const*>(params.cos) + row * params.cos_stride;
   Element const* const sin = static_cast<Element const*>(params.sin) + row * params.sin_stride;
   if (params.interleaved) {
-    Vector<Element> x = in(column);
-    CUTE_UNROLL
-    for (int i = 0; i < kVector / 2; ++i) {
-      rotate(x, 2 * i, x, 2 * i + 1, cos[column / 2 + i], sin[column / 2 + i]);
+    if constexpr (kVector == 1) {
+      if (column % 2 == 1) { return; }
+      Vector x1 = in(column), x2 = in(column + 1);
+      rotate(x1, 0, x2, 0, cos[column / 2], sin[column / 2]);
+      out(column) = x1, out(column + 1) = x2;
+    } else {
+      Vector x = in(column);
+      CUTE_UNROLL
+      for (int i = 0; i < kVector / 2; ++i) {
+        rotate(x, 2 * i, x, 2 * i + 1, cos[column / 2 + i], sin[column / 2 + i]);
+      }
+      out(column) = x;
     }
-    out(column) = x;
   } else if (column < half) {
-    Vector<Element> x1 = in(column), x2 = in(column + half);
+    Vector x1 = in(column), x2 = in(column + half);
     CUTE_UNROLL
     for (int i = 0; i < kVector; ++i) { rotate(x1, i, x2, i, cos[column + i], sin[column + i]); }
     out(column) = x1, out(column + half) = x2;
   }
 }
 
-template <class Element>
+template <class Element, int kVector>
 __global__ void __launch_bounds__(kThreads)
     kv_update_kernel(__grid_constant__ KvUpdateParams const params, int64_t items_per_token) {
   // In this order: the attention kernel reads older rows of the cache without waiting for the end of this kernel.
@@ -123,10 +132,10 @@ __global__ void __launch_bounds__(kThreads)
     auto* const to = static_cast<Element*>(target.data) + page * target.batch_stride +
                      row * target.row_stride + head * target.head_stride;
     if (is_value || !params.cos) {
-      *reinterpret_cast<Vector<Element>*>(to + column) =
-          *reinterpret_cast<Vector<Element> const*>(from + column);
+      using Vector                            = VectorOf<Element, kVector>;
+      *reinterpret_cast<Vector*>(to + column) = *reinterpret_cast<Vector const*>(from + column);
     } else {
-      copy_rotated(params, from, to, column, cached + token.index);
+      copy_rotated<kVector>(params, from, to, column, cached + token.index);
     }
   } else if (head < 2 * problem.heads_kv + problem.heads_q && token.is_query && params.cos) {
     head -= 2 * problem.heads_kv;
@@ -134,13 +143,12 @@ __global__ void __launch_bounds__(kThreads)
         matrix_of<Element const>(params.q, token.batch, head) + token.q_row * params.q.row_stride;
     auto* const to =
         matrix_of<Element>(params.q_out, token.batch, head) + token.q_row * params.q_out.row_stride;
-    copy_rotated(params, from, to, column, cached + (params.advance_q ? token.index : 0));
+    copy_rotated<kVector>(params, from, to, column, cached + (params.advance_q ? token.index : 0));
   }
 }
 
-}  // namespace
-
-Status launch_kv_update(KvUpdateParams const& params, cudaStream_t stream) {
+template <class Element, int kVector>
+cudaError_t launch(KvUpdateParams const& params, cudaStream_t stream) {
   Problem const& problem = params.problem;
   int64_t const tokens =
       problem.cu_seqlens_q
@@ -148,11 +156,23 @@ Status launch_kv_update(KvUpdateParams const& params, cudaStream_t stream) {
           : int64_t(problem.batch) * max_of(problem.seqlen_q, params.cache.seqlen_new);
   int64_t const heads = 2 * problem.heads_kv + (params.cos ? problem.heads_q : 0);
   int64_t const items = (heads * (problem.head_dim / kVector) + kThreads - 1) / kThreads * kThreads;
-  auto const kernel   = problem.dtype == DType::kFp16 ? &kv_update_kernel<cutlass::half_t>
-                                                      : &kv_update_kernel<cutlass::bfloat16_t>;
-  Launch launch{tokens * (items / kThreads), kThreads, 0, stream};
-  launch.start           = earliest_start();
-  cudaError_t const code = launch_kernel(kernel, launch, params, items);
+  Launch config{tokens * (items / kThreads), kThreads, 0, stream};
+  config.start = earliest_start();
+  return launch_kernel(&kv_update_kernel<Element, kVector>, config, params, items);
+}
+
+template <class Element>
+cudaError_t launch(KvUpdateParams const& params, cudaStream_t stream) {
+  return params.problem.head_dim % kWide == 0 ? launch<Element, kWide>(params, stream)
+                                              : launch<Element, 1>(params, stream);
+}
+
+}  // namespace
+
+Status launch_kv_update(KvUpdateParams const& params, cudaStream_t stream) {
+  cudaError_t const code = params.problem.dtype == DType::kFp16
+                               ? launch<cutlass::half_t>(params, stream)
+                               : launch<cutlass::bfloat16_t>(params, stream);
   return {code,
           code == cudaSuccess ? nullptr : "launch of the kernel that appends to the cache failed"};
 }
