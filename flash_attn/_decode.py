@@ -152,7 +152,7 @@ def flash_attn_with_kvcache(
 
     head_dim = q.shape[-1]
     padding = k_cache.shape[3] - head_dim
-    if k_cache.is_cuda and k_cache.shape[3] % CUDA_HEAD_DIM_MULTIPLE != 0:
+    if k_cache.is_cuda and k_cache.shape[3] % _checks_decode.CACHE_VECTOR != 0:
         _warn_of_copies()
     if padding:
         q, k, v = (None if x is None else F.pad(x, (0, padding)) for x in (q, k, v))

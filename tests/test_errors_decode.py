@@ -203,11 +203,13 @@ STRIDES = [
 ]
 OVERLAPS = [
     Bad(
-        "expanded_entries", expanded(0), ("k_cache", "overlap itself", "(0, 128, 64, 1)", "(2, 32,")
+        "expanded_entries",
+        expanded(0),
+        ("k_cache", "overlap itself", "0, 128, 64, 1", "2, 32, 2, 64"),
     ),
     Bad("expanded_rows", expanded(1), ("k_cache", "overlap itself")),
-    Bad("expanded_heads", expanded(2, "v_cache"), ("v_cache", "overlap itself", "(4096, 128, 0")),
-    Bad("expanded_pages", also(paged, expanded(0)), ("k_cache", "overlap itself", "(5, 16, 2")),
+    Bad("expanded_heads", expanded(2, "v_cache"), ("v_cache", "overlap itself", "4096, 128, 0, 1")),
+    Bad("expanded_pages", also(paged, expanded(0)), ("k_cache", "overlap itself", "5, 16, 2, 64")),
     Bad("expanded_and_varlen", also(varlen, expanded(0)), ("k_cache", "overlap itself")),
     Bad("expanded_head_dim_59", also(head_dim(59), expanded(0)), ("k_cache", "overlap itself")),
     Bad("rows_that_overlap", restrided("k_cache", 4096, 64, 64, 1), ("k_cache", "overlap itself")),

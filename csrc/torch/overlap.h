@@ -2,45 +2,48 @@
 // Whether tensors that are written to share memory, with themselves or with each other: flash_attn/_overlap.py for CUDA tensors.
 // Views that take turns in memory, such as the keys and the values of one cache, share none.
 #include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
-#include <functional>
 #include <initializer_list>
-#include <map>
-#include <utility>
 
 namespace flash {
 
-// A sum of strides, each taken at most so many times, the largest stride first.
-using StrideSum = std::map<int64_t, int64_t, std::greater<>>;
+// A stride, and how often a sum may take it at most.
+struct Term {
+  int64_t stride, limit;
+};
+using StrideSum = c10::SmallVector<Term, 12>;  // no stride twice, the largest first
 
-inline int64_t largest(StrideSum::const_iterator term, StrideSum const& sum) {
-  int64_t total = 0;
-  for (; term != sum.end(); ++term) { total += term->first * term->second; }
-  return total;
+inline void add_term(StrideSum& sum, int64_t stride, int64_t limit) {
+  if (stride * limit == 0) { return; }
+  Term* const place =
+      std::find_if(sum.begin(), sum.end(), [&](Term const& term) { return term.stride <= stride; });
+  if (place != sum.end() && place->stride == stride) {
+    place->limit += limit;
+  } else {
+    sum.insert(place, Term{stride, limit});
+  }
 }
 
-// Whether the sum from `term` on can be the distance.  A layout that takes too many steps counts as overlapping.
-inline bool reaches(StrideSum const& sum, StrideSum::const_iterator term, int64_t distance,
-                    int& steps) {
+// Whether the terms from `term` on can add up to the distance.  A layout that takes too many steps counts as overlapping.
+inline bool reaches(Term const* term, Term const* end, int64_t distance, int& steps) {
   if (distance == 0) { return true; }
-  if (distance < 0 || term == sum.end()) { return false; }
+  if (distance < 0 || term == end) { return false; }
   if (--steps < 0) { return true; }
   auto const [stride, limit] = *term++;
-  int64_t const missing      = std::max<int64_t>(0, distance - largest(term, sum));
+  int64_t others             = 0;
+  for (Term const* other = term; other != end; ++other) { others += other->stride * other->limit; }
+  int64_t const missing = std::max<int64_t>(0, distance - others);
   int64_t const fewest = (missing + stride - 1) / stride, most = std::min(limit, distance / stride);
   for (int64_t n = most; n >= fewest; --n) {
-    if (reaches(sum, term, distance - n * stride, steps)) { return true; }
+    if (reaches(term, end, distance - n * stride, steps)) { return true; }
   }
   return false;
 }
 inline bool is_sum(StrideSum const& sum, int64_t distance) {
   int steps = 10'000;
-  return reaches(sum, sum.begin(), distance, steps);
-}
-
-inline void add_term(StrideSum& sum, int64_t stride, int64_t limit) {
-  if (stride * limit > 0) { sum[stride] += limit; }
+  return reaches(sum.begin(), sum.end(), distance, steps);
 }
 
 // Whether two elements have one address.
@@ -48,11 +51,12 @@ inline bool overlaps_itself(at::Tensor const& tensor) {
   if (tensor.is_contiguous() || tensor.numel() == 0) { return false; }
   StrideSum smaller;
   int64_t span = 0;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size less 1
+  c10::SmallVector<Term, 6> dims;
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    if (tensor.size(dim) > 1) { dims.emplace_back(tensor.stride(dim), tensor.size(dim) - 1); }
+    if (tensor.size(dim) > 1) { dims.push_back({tensor.stride(dim), tensor.size(dim) - 1}); }
   }
-  std::sort(dims.begin(), dims.end());
+  std::sort(dims.begin(), dims.end(),
+            [](Term const& a, Term const& b) { return a.stride < b.stride; });
   // Two elements that differ in a dimension and in those of smaller strides: the index of the one is larger there, by 1 at least.
   for (auto const& [stride, limit] : dims) {
     if (stride <= span) {
