@@ -456,8 +456,10 @@ def test_every_form_compiles(device: str, form: str, dynamic: bool | None) -> No
             out, lse, s_dmask = function(leaf, cu_seqlens, longest)
             ((out * out).sum() + lse.sum()).backward()
             results.append((out.detach(), lse.detach(), s_dmask, leaf.grad))
+        # Compiled, the gradients of the two calls may be added in another order.
+        eps = 4 * torch.finfo(qkv.dtype).eps
         for name, ours, want in zip(("out", "lse", "s_dmask", "dqkv"), *results):
-            assert_nearly(name, ours, want, form)
+            assert_nearly(name, ours, want, form, eps=eps)
 
 
 def test_packed_gradients_compile_with_inductor(device: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_attn import _ops
 from flash_attn._arguments import Cache, Lengths, Options
-from flash_attn._checks import check_lengths
+from flash_attn._checks import check_lengths, check_number
 from flash_attn._checks_decode import check_cache_contents
 from flash_attn._overlap import check_written
 from flash_attn.cpu import attention, decode, varlen
@@ -37,8 +37,10 @@ def _options(
     softcap_tensor: Tensor | None,
 ) -> Options:
     if softmax_scale_tensor is not None:
+        check_number("softmax_scale_tensor", softmax_scale_tensor)
         softmax_scale = float(softmax_scale_tensor)
     if softcap_tensor is not None:
+        check_number("softcap_tensor", softcap_tensor)
         softcap = float(softcap_tensor)
     score = softmax_scale, causal, window_left, window_right, softcap
     return Options(*score, alibi_slopes, dropout_p, rng_state)
