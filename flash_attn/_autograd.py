@@ -227,7 +227,7 @@ def attention(
 
     function: the public function's name, for messages.
     """
-    numbers, scale, softcap = _split_score(function, score)
+    numbers, scale, softcap = split_score(function, score)
     _transforms.refuse_tangents(function, x, y, z, scale, softcap, alibi_slopes)
     head_dim = x.shape[-1]
     # Zeros in the padding change neither q k^T nor the gradients of the real columns.
@@ -272,7 +272,7 @@ def _record(function: str, x: Tensor, y: Tensor | None, z: Tensor | None, *other
     return FlashAttention.apply(x, y, z, *others)
 
 
-def _split_score(
+def split_score(
     function: str, score: tuple
 ) -> tuple[tuple[float, bool, int, int, float], Tensor | None, Tensor | None]:
     """score in numbers, and the tensors that are to be read by the operators.

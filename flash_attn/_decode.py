@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_attn import _checks, _checks_decode, _ops, _transforms
 from flash_attn._arguments import Cache, Options
-from flash_attn._autograd import maybe_contiguous
+from flash_attn._autograd import maybe_contiguous, split_score
 
 
 def flash_attn_with_kvcache(
@@ -27,10 +27,10 @@ def flash_attn_with_kvcache(
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
@@ -145,8 +145,9 @@ def flash_attn_with_kvcache(
         q, batch, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
     cache = (cu_seqlens_q, max_seqlen_q, seqlens, seqlen, *indices)
+    numbers, scale, cap = split_score("flash_attn_with_kvcache", score)
     if _checks.device_data_is_checked(q):
-        options = Options(*score, alibi_slopes, 0.0, None)
+        options = Options(*numbers, alibi_slopes, 0.0, None)
         contents = q, k_cache, k, rotary_cos, Cache(*cache), options
         _checks_decode.check_cache_contents(*contents)
 
@@ -157,13 +158,15 @@ def flash_attn_with_kvcache(
     if padding:
         q, k, v = (None if x is None else F.pad(x, (0, padding)) for x in (q, k, v))
     q = maybe_contiguous(q)
-    options = (*cache, *score, alibi_slopes, num_splits)
+    options = (*cache, *numbers, alibi_slopes, num_splits)
+    ours = dict(softmax_scale_tensor=scale, softcap_tensor=cap)
     if is_new:
         rotary = rotary_cos, rotary_sin, rotary_interleaved
         new = maybe_contiguous(k), maybe_contiguous(v)
-        out, softmax_lse = _call(_ops.kvcache_append, q, k_cache, v_cache, *new, *rotary, *options)
+        arguments = (q, k_cache, v_cache, *new, *rotary, *options)
+        out, softmax_lse = _call(_ops.kvcache_append, *arguments, **ours)
     else:
-        out, softmax_lse = _call(_ops.kvcache, q, k_cache, v_cache, *options)
+        out, softmax_lse = _call(_ops.kvcache, q, k_cache, v_cache, *options, **ours)
     if padding:
         out = out[..., :head_dim].contiguous()
     return (out, softmax_lse) if return_softmax_lse else out
@@ -187,14 +190,12 @@ def _warn_of_copies() -> bool:
     return True
 
 
-def _call(op: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _call(op: Any, *arguments: Any, **numbers: Tensor | None) -> tuple[Tensor, Tensor]:
     """An operator without a gradient."""
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    tensors = [x for x in (*arguments, *numbers.values()) if isinstance(x, Tensor)]
     _transforms.refuse_gradient("flash_attn_with_kvcache", *tensors)
     _transforms.refuse_tangents("flash_attn_with_kvcache", *tensors)
-    if torch.is_grad_enabled():
-        for x in arguments:
-            if isinstance(x, Tensor) and x.requires_grad:
-                with torch.no_grad():
-                    return op(*arguments)
-    return op(*arguments)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        with torch.no_grad():
+            return op(*arguments, **numbers)
+    return op(*arguments, **numbers)

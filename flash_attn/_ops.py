@@ -121,11 +121,12 @@ SCHEMAS = {
         " -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "_flash_attn_kvcache": (
-        f"(Tensor q, Tensor k_cache, Tensor v_cache, {_CACHE}) -> (Tensor out, Tensor softmax_lse)"
+        f"(Tensor q, Tensor k_cache, Tensor v_cache, {_CACHE}, *, {_NUMBERS})"
+        " -> (Tensor out, Tensor softmax_lse)"
     ),
     "_flash_attn_kvcache.append": (
         "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v,"
-        f" {_ROTARY}, {_CACHE}) -> (Tensor out, Tensor softmax_lse)"
+        f" {_ROTARY}, {_CACHE}, *, {_NUMBERS}) -> (Tensor out, Tensor softmax_lse)"
     ),
     "merge_states": (
         "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b)"
@@ -236,7 +237,7 @@ def _gradient_shapes(dout, q, k, v, *_, **__):
 
 @torch.library.register_fake("flash_attn::_flash_attn_kvcache")
 @torch.library.register_fake("flash_attn::_flash_attn_kvcache.append")
-def _kvcache_shapes(q, *_):
+def _kvcache_shapes(q, *_, **__):
     return _results_like(q)
 
 

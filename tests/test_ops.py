@@ -69,11 +69,11 @@ SCHEMAS = {
     "_flash_attn_varlen_backward.functional": f"({SAVED}, {LENGTHS}, {SCORE}, "
     f"bool deterministic, Tensor? rng_state=None, *, Tensor? dlse=None, {NUMBERS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
-    "_flash_attn_kvcache": f"(Tensor q, Tensor k_cache, Tensor v_cache, {CACHE}) "
+    "_flash_attn_kvcache": f"(Tensor q, Tensor k_cache, Tensor v_cache, {CACHE}, *, {NUMBERS}) "
     "-> (Tensor out, Tensor softmax_lse)",
     "_flash_attn_kvcache.append": "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, "
     "Tensor v, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
-    f"{CACHE}) -> (Tensor out, Tensor softmax_lse)",
+    f"{CACHE}, *, {NUMBERS}) -> (Tensor out, Tensor softmax_lse)",
     "merge_states": "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
     "-> (Tensor out, Tensor softmax_lse)",
 }

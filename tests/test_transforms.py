@@ -453,6 +453,23 @@ def test_numbers_as_tensors_are_the_same_compiled_and_eager(device: str, form: F
         assert_close(ours, want)
 
 
+def test_decodings_numbers_as_tensors_are_the_same_compiled_and_eager(device: str) -> None:
+    torch._dynamo.reset()
+    q, k, v = make_qkv(device).unbind(2)
+
+    def block(scale: Tensor, softcap: Tensor, new: dict[str, Tensor]) -> Tensor:
+        caches = k.clone(), v.clone()
+        options = dict(softmax_scale=scale, softcap=softcap, cache_seqlens=4, causal=True)
+        return flash_attn_with_kvcache(q, *caches, **options, **new)
+
+    numbers = torch.tensor(0.3, device=device), torch.tensor(2.0, device=device)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for new in ({}, dict(k=k[:, :5], v=v[:, :5])):
+        want = block(0.3, 2.0, new)
+        assert_close(block(*numbers, new), want)
+        assert_close(compiled(*numbers, new), want)
+
+
 def test_tensors_that_are_no_number_are_refused(device: str) -> None:
     qkv = make_qkv(device)
     for name in ("softmax_scale", "softcap"):

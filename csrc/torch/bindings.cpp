@@ -181,13 +181,13 @@ Tensors fwd_kvcache(at::Tensor q, at::Tensor k_cache, at::Tensor v_cache, Option
   }
   int64_t const capacity = k_cache.size(1) * (block_table ? block_table->size(1) : 1);
   auto [out, lse] =
-      k ? flash::flash_attn_kvcache_append(q, k_cache, v_cache, *k, *v, rotary_cos, rotary_sin,
-                                           rotary_interleaved, {}, q.size(1), seqlens_k, capacity,
-                                           cache_batch_idx, leftpad_k, block_table, softmax_scale,
-                                           causal, left, right, softcap, alibi_slopes, num_splits)
+      k ? flash::flash_attn_kvcache_append(
+              q, k_cache, v_cache, *k, *v, rotary_cos, rotary_sin, rotary_interleaved, {},
+              q.size(1), seqlens_k, capacity, cache_batch_idx, leftpad_k, block_table,
+              softmax_scale, causal, left, right, softcap, alibi_slopes, num_splits, {}, {})
         : flash::flash_attn_kvcache(q, k_cache, v_cache, {}, q.size(1), seqlens_k, capacity,
                                     cache_batch_idx, leftpad_k, block_table, softmax_scale, causal,
-                                    left, right, softcap, alibi_slopes, num_splits);
+                                    left, right, softcap, alibi_slopes, num_splits, {}, {});
   if (out_) { out_->copy_(out); }
   return {out_ ? *out_ : out, lse};
 }

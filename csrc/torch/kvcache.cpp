@@ -280,13 +280,15 @@ std::tuple<at::Tensor, at::Tensor> flash_attn_kvcache(
     int64_t cache_seqlen, OptionalTensor const& cache_batch_idx,
     OptionalTensor const& cache_leftpad, OptionalTensor const& block_table, double softmax_scale,
     bool causal, int64_t window_left, int64_t window_right, double softcap,
-    OptionalTensor const& alibi_slopes, int64_t num_splits) {
+    OptionalTensor const& alibi_slopes, int64_t num_splits,
+    OptionalTensor const& softmax_scale_tensor, OptionalTensor const& softcap_tensor) {
   OptionalTensor const none;
   return attend_cache(
       q, k_cache, v_cache,
       {cu_seqlens_q, none, max_seqlen_q, cache_seqlens, cache_seqlen, cache_batch_idx,
        cache_leftpad, block_table},
-      {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, 0.0, none},
+      {number(softmax_scale, softmax_scale_tensor, "softmax_scale_tensor"), causal, window_left,
+       window_right, number(softcap, softcap_tensor, "softcap_tensor"), alibi_slopes, 0.0, none},
       num_splits, nullptr);
 }
 
@@ -297,14 +299,16 @@ std::tuple<at::Tensor, at::Tensor> flash_attn_kvcache_append(
     OptionalTensor const& cache_seqlens, int64_t cache_seqlen,
     OptionalTensor const& cache_batch_idx, OptionalTensor const& cache_leftpad,
     OptionalTensor const& block_table, double softmax_scale, bool causal, int64_t window_left,
-    int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, int64_t num_splits) {
+    int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, int64_t num_splits,
+    OptionalTensor const& softmax_scale_tensor, OptionalTensor const& softcap_tensor) {
   OptionalTensor const none;
   Append const rows{k, v, rotary_cos, rotary_sin, rotary_interleaved};
   return attend_cache(
       q, k_cache, v_cache,
       {cu_seqlens_q, none, max_seqlen_q, cache_seqlens, cache_seqlen, cache_batch_idx,
        cache_leftpad, block_table},
-      {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, 0.0, none},
+      {number(softmax_scale, softmax_scale_tensor, "softmax_scale_tensor"), causal, window_left,
+       window_right, number(softcap, softcap_tensor, "softcap_tensor"), alibi_slopes, 0.0, none},
       num_splits, &rows);
 }
 

@@ -71,7 +71,8 @@ std::tuple<at::Tensor, at::Tensor> flash_attn_kvcache(
     int64_t cache_seqlen, OptionalTensor const& cache_batch_idx,
     OptionalTensor const& cache_leftpad, OptionalTensor const& block_table, double softmax_scale,
     bool causal, int64_t window_left, int64_t window_right, double softcap,
-    OptionalTensor const& alibi_slopes, int64_t num_splits);
+    OptionalTensor const& alibi_slopes, int64_t num_splits,
+    OptionalTensor const& softmax_scale_tensor, OptionalTensor const& softcap_tensor);
 
 std::tuple<at::Tensor, at::Tensor> flash_attn_kvcache_append(
     at::Tensor const& q, at::Tensor k_cache, at::Tensor v_cache, at::Tensor const& k,
@@ -80,7 +81,8 @@ std::tuple<at::Tensor, at::Tensor> flash_attn_kvcache_append(
     OptionalTensor const& cache_seqlens, int64_t cache_seqlen,
     OptionalTensor const& cache_batch_idx, OptionalTensor const& cache_leftpad,
     OptionalTensor const& block_table, double softmax_scale, bool causal, int64_t window_left,
-    int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, int64_t num_splits);
+    int64_t window_right, double softcap, OptionalTensor const& alibi_slopes, int64_t num_splits,
+    OptionalTensor const& softmax_scale_tensor, OptionalTensor const& softcap_tensor);
 
 std::tuple<at::Tensor, at::Tensor> merge_states(at::Tensor const& out_a, at::Tensor const& lse_a,
                                                 at::Tensor const& out_b, at::Tensor const& lse_b);

@@ -217,16 +217,25 @@ def _varlen_backward(
     return _softmax_d(dout, out, len(cu_seqlens_q) - 1, return_softmax_d)
 
 
-def _kvcache(q, k_cache, v_cache, *arguments):
-    cache, options = Cache(*arguments[:7]), Options(*arguments[7:13], 0.0, None)
+def _cache_options(arguments: tuple, numbers: dict[str, Tensor | None]) -> tuple[Cache, Options]:
+    """From the arguments after the tensors."""
+    score, alibi_slopes = arguments[7:12], arguments[12]
+    return Cache(*arguments[:7]), _options(0.0, *score, alibi_slopes, None, **numbers)
+
+
+def _kvcache(q, k_cache, v_cache, *arguments, softmax_scale_tensor=None, softcap_tensor=None):
+    numbers = dict(softmax_scale_tensor=softmax_scale_tensor, softcap_tensor=softcap_tensor)
+    cache, options = _cache_options(arguments, numbers)
     check_cache_contents(q, k_cache, None, None, cache, options)
     return decode.decode_forward(q, k_cache, v_cache, cache, options)
 
 
 def _kvcache_append(
-    q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, rotary_interleaved, *arguments
-):
-    cache, options = Cache(*arguments[:7]), Options(*arguments[7:13], 0.0, None)
+    q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, rotary_interleaved, *arguments,
+    softmax_scale_tensor=None, softcap_tensor=None,
+):  # fmt: skip
+    numbers = dict(softmax_scale_tensor=softmax_scale_tensor, softcap_tensor=softcap_tensor)
+    cache, options = _cache_options(arguments, numbers)
     check_written({"k_cache": k_cache, "v_cache": v_cache})
     check_cache_contents(q, k_cache, k, rotary_cos, cache, options)
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin, rotary_interleaved)
