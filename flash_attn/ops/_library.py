@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_attn.cpu.isolation import isolated
+
 
 def register(
     name: str,
@@ -24,18 +26,17 @@ def register(
     """Defines flash_attn::name and returns it.
 
     Args:
-        implementation: for tensors on the CPU and on CUDA.  The caller's autocast is switched off
-            around it.
+        implementation: for tensors on the CPU and on CUDA.  It does not see the caller's autocast, nor
+            on the CPU anything else of what ``isolated`` keeps away.
         fake: allocates the results, from fake inputs.
         vmap: the rule for ``torch.library.register_vmap``; None for an operator that changes its
             arguments, which is not asked for a derivative either.
     """
 
-    def run(*args: Any) -> Any:
-        kind = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(kind):
+    def run_on_cuda(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cuda"):
             return implementation(*args)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast("cuda", enabled=False):
             return implementation(*args)
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
@@ -46,7 +47,8 @@ def register(
 
     full_name = f"flash_attn::{name}"
     torch.library.define(full_name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(full_name, ("cpu", "cuda"), run)
+    torch.library.impl(full_name, "cpu", isolated(implementation))
+    torch.library.impl(full_name, "cuda", run_on_cuda)
     torch.library.register_fake(full_name, fake)
     if vmap is not None:
         torch.library.register_autograd(full_name, refuse)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn._philox import _philox
+from flash_attn.cpu.philox import _philox
 from flash_attn.ops._library import batch_first, register, vmap_by_loop
 from flash_attn.ops.triton import _layer_norm_kernels as kernels
 
