@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   int const first = see.first_key(row), end = see.end_key(row);
   // Scores are in natural units here: the softcap's part alone is multiplied by it.
   bool const capped = problem.softcap > 0.f;
-  ScoreMod const mod{1.f / problem.softcap, alibi_slope(problem, batch, head), capped, true};
+  float const slope = problem.alibi_slopes ? alibi_slope(problem, batch, head) : 0.f;
+  ScoreMod const mod{1.f / problem.softcap, slope, capped, true};
   int const head_kv = head / (problem.heads_q / problem.heads_kv);
   auto const score  = [&](int column) {
     Element const* const k = row_of(params.k, head_kv, int64_t(k_row0) + column);

@@ -33,17 +33,15 @@ struct ScoreMod {
   }
 };
 
-// A head's slope as the caller gave it; 0 without ALiBi.
+// A head's slope as the caller gave it, where there is ALiBi.
 CUTE_DEVICE float alibi_slope(Problem const& problem, int batch, int head) {
-  return problem.alibi_slopes
-             ? __ldg(problem.alibi_slopes + batch * problem.alibi_batch_stride + head)
-             : 0.f;
+  return __ldg(problem.alibi_slopes + batch * problem.alibi_batch_stride + head);
 }
 
 CUTE_DEVICE ScoreMod score_mod(Problem const& problem, int batch, int head) {
-  float const slope = alibi_slope(problem, batch, head);
-  return {problem.unit.inner, slope * problem.unit.per_unit, problem.softcap > 0.f,
-          problem.alibi_slopes != nullptr};
+  bool const has_slope = problem.alibi_slopes;
+  float const slope    = has_slope ? alibi_slope(problem, batch, head) : 0.f;
+  return {problem.unit.inner, slope * problem.unit.per_unit, problem.softcap > 0.f, has_slope};
 }
 
 }  // namespace flash

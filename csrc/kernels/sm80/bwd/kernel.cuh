@@ -91,7 +91,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   int const col0   = site.block * kBlockN;
   auto store       = [&](auto const& sTile, TensorRef const& target) {
     smem_to_rows<kBlockN, Traits::kHeadDim, Traits::kThreads>(
-        sTile, row_of<Element>(target, site.batch, saved.head, site.k_row0 + col0),
+        sTile,
+        matrix_of<Element>(target, site.batch, saved.head) +
+            int64_t(site.k_row0 + col0) * target.row_stride,
         target.row_stride, site.k_rows - col0, problem.head_dim, thread);
   };
   store(sdK, params.dk);

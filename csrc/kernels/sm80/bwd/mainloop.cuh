@@ -84,10 +84,12 @@ struct BwdMainloop {
         int const query_head = read_now(saved.head) * read_now(saved.group) + head;
         int64_t const row    = read_now(saved.site.q_row0) + m_block * kBlockM;
         int const batch      = read_now(saved.site.batch);
-        copy_q.next =
-            CopyQ(row_of<Element>(params.q, batch, query_head, row), q_stride, head_dim, lane).next;
+        copy_q.next = CopyQ(matrix_of<Element>(params.q, batch, query_head) + row * q_stride,
+                            q_stride, head_dim, lane)
+                          .next;
         copy_dout.next =
-            CopyQ(row_of<Element>(params.dout, batch, query_head, row), dout_stride, head_dim, lane)
+            CopyQ(matrix_of<Element>(params.dout, batch, query_head) + row * dout_stride,
+                  dout_stride, head_dim, lane)
                 .next;
       }
       copy_q.template start<true>(TileQ::tensor(stage_q), rows_left, thread);

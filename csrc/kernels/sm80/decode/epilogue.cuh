@@ -265,7 +265,8 @@ struct DecodeEpilogue {
     cutlass::NumericArrayConverter<Element, float, 4> round;
     cutlass::Array<float, 4> const values{x.x * norm, x.y * norm, x.z * norm, x.w * norm};
     *reinterpret_cast<cutlass::Array<Element, 4>*>(
-        row_of<Element>(params.out, task.batch, head, q_row) + column) = round(values);
+        matrix_of<Element>(params.out, task.batch, head) + q_row * params.out.row_stride + column) =
+        round(values);
   }
 
   // Whether this thread block is the last of `count` to come here; then it sees what the others wrote before they came.

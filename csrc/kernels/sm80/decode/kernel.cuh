@@ -19,8 +19,9 @@ CUTE_DEVICE void clear_tail(DecodeKernelParams const& params) {
   int const first = __ldg(problem.cu_seqlens_q + problem.batch);
   for (int row = first + blockIdx.x; row < problem.total_q; row += gridDim.x) {
     for (int i = threadIdx.x; i < problem.heads_q * problem.head_dim; i += Traits::kThreads) {
-      int const head                                                  = i / problem.head_dim;
-      row_of<Element>(params.out, 0, head, row)[i % problem.head_dim] = Element(0);
+      int const head = i / problem.head_dim;
+      matrix_of<Element>(params.out, 0, head)[row * params.out.row_stride + i % problem.head_dim] =
+          Element(0);
     }
     for (int head = threadIdx.x; head < problem.heads_q; head += Traits::kThreads) {
       params.lse[head * problem.lse_head_stride + row] = INFINITY;

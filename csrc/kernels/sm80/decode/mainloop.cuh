@@ -127,8 +127,10 @@ struct DecodeMainloop {
       int64_t const row = row0 + i / kLines;
       int const column  = i % kLines * kLine;
       if (row < task.range.first || column >= params.problem.head_dim) { continue; }
-      prefetch_l2(row_of<Element const>(cache.k, task.batch, task.head_kv, row) + column);
-      prefetch_l2(row_of<Element const>(cache.v, task.batch, task.head_kv, row) + column);
+      prefetch_l2(matrix_of<Element const>(cache.k, task.batch, task.head_kv) +
+                  row * cache.k.row_stride + column);
+      prefetch_l2(matrix_of<Element const>(cache.v, task.batch, task.head_kv) +
+                  row * cache.v.row_stride + column);
     }
   }
 
@@ -162,10 +164,10 @@ struct DecodeMainloop {
     Problem const& problem = params.problem;
     int const group        = params.plan.group;
     int const rows         = task.sequence.seqlen_q * group - task.m_block * Traits::kBlockM;
-    Element const* const q =
-        row_of<Element const>(params.q, task.batch, task.head_kv * group, task.sequence.q_row0);
-    auto sQ               = TileQ::tensor(smem);
-    constexpr int kChunks = Traits::kHeadDim / 8;
+    Element const* const q = matrix_of<Element const>(params.q, task.batch, task.head_kv * group) +
+                             task.sequence.q_row0 * params.q.row_stride;
+    auto sQ                = TileQ::tensor(smem);
+    constexpr int kChunks  = Traits::kHeadDim / 8;
     for (int i = threadIdx.x; i < Traits::kBlockM * kChunks; i += Traits::kThreads) {
       int const row = i / kChunks, column = i % kChunks * 8;
       int const packed  = task.m_block * Traits::kBlockM + row;
