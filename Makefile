@@ -68,6 +68,7 @@ build/.ready-system$(WITH): $(SOURCES)
 lint: $(READY)
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
+	$(RUN) -m mypy
 	$(BIN)clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 format: $(READY)

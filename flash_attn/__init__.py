@@ -6,6 +6,7 @@ __path__ = extend_path(__path__, __name__)
 
 __version__ = "2.8.3"
 
+from flash_attn import _flops  # noqa: F401
 from flash_attn.flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,

@@ -12,6 +12,8 @@ has what only decoding needs.
 import math
 import operator
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -382,12 +384,13 @@ def resolve_integer(name: str, x: int | Tensor) -> int:
             raise RuntimeError(
                 f"{name} must be an integer; got a {x.dtype} {shape_text(x.shape)} tensor"
             )
-        return x.item()
+        number: Any = x.item()  # an int, or under torch.compile a SymInt
+        return number
     try:
         return operator.index(x)
     except TypeError:
         raise RuntimeError(f"{name} must be an integer; got {x!r}") from None
 
 
-def shape_text(shape: torch.Size) -> str:
+def shape_text(shape: Sequence[int | str]) -> str:
     return str(tuple(shape))

@@ -149,7 +149,8 @@ def check_new_keys(
         )
     q_shape, shape = q.shape, k.shape
     if is_varlen:
-        layout, want = "(total_q, heads_k, head_dim)", (q_shape[0], heads_k, q_shape[2])
+        layout = "(total_q, heads_k, head_dim)"
+        want: tuple[int | str, ...] = (q_shape[0], heads_k, q_shape[2])
     else:
         layout = "(batch, seqlen_new, heads_k, head_dim)"
         want = (q_shape[0], shape[1] if len(shape) == 4 else "any", heads_k, q_shape[3])
@@ -319,7 +320,7 @@ def check_cache_contents(
     table, is_new = cache.block_table, k is not None
     if cache.cu_seqlens_q is None:
         seqlens_q = torch.full((q.shape[0],), q.shape[1], device=q.device)
-        seqlens_new = torch.full_like(seqlens_q, k.shape[1] if is_new else 0)
+        seqlens_new = torch.full_like(seqlens_q, 0 if k is None else k.shape[1])
     else:
         check_cu_seqlens("cu_seqlens_q", cache.cu_seqlens_q, "q", q.shape[0])
         seqlens_q = cache.cu_seqlens_q.diff()

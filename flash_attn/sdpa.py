@@ -69,9 +69,10 @@ class _Active:
                 " `python3 -m flash_attn` reports what is missing"
             )
         # All of torch's entries, dense and nested, come down to these two operators.
-        self._library = torch.library.Library("aten", "IMPL", dispatch_key)
-        self._library.impl("_flash_attention_forward", _forward)
-        self._library.impl("_flash_attention_backward", _backward)
+        library = torch.library.Library("aten", "IMPL", dispatch_key)
+        library.impl("_flash_attention_forward", _forward)
+        library.impl("_flash_attention_backward", _backward)
+        self._library: torch.library.Library | None = library
         self._cudnn_was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -138,9 +139,9 @@ def _forward(
         result = out
     else:
         result.copy_(out)
-    unsigned = dict(dtype=torch.uint64, device=query.device)
-    state = rng_state.view(torch.uint64) if dropout_p > 0.0 else torch.empty(2, **unsigned)
-    return result, logsumexp, state, torch.empty((), **unsigned), query.new_empty(0)
+    unused = query.new_empty((), dtype=torch.uint64)
+    state = rng_state.view(torch.uint64) if dropout_p > 0.0 else unused.new_empty(2)
+    return result, logsumexp, state, unused, query.new_empty(0)
 
 
 def _backward(

@@ -70,8 +70,8 @@ FEW = [
 
 @everywhere(*FEW)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
-def test_lse_is_of_the_documented_bias_M8(device: str, case: AttnCase, deterministic: bool) -> None:
-    """Not shifted by slope * position, as upstream's causal LSE is; its gradient is used too."""
+def test_lse_is_of_the_documented_bias(device: str, case: AttnCase, deterministic: bool) -> None:
+    """Not shifted by slope * position, as the causal LSE of flash-attn 2.8 is; its gradient is used too."""
     x, slopes = make_inputs(case, device), make_alibi(case, device)
     ours = check_case(case, x, dlse=make_dlse(case, device), deterministic=deterministic)
     for row, head in ((case.seqlen_q - 1, 0), (case.seqlen_q - 40, 3)):
@@ -180,7 +180,7 @@ def test_a_steep_slope_leaves_the_nearest_key(device: str, case: AttnCase, slope
     AttnCase(33, 70_001, (2, 1), 128, Mask.causal, "bf16"),
 )
 @pytest.mark.parametrize("slope", [1.0, 2.0**-8, 1e-4], ids=str)
-def test_distances_of_100_000_are_exact_N10(device: str, case: AttnCase, slope: float) -> None:
+def test_distances_of_100_000_are_exact(device: str, case: AttnCase, slope: float) -> None:
     """slope * column alone loses bits in fp32: out and LSE against fp64."""
     x = make_inputs(case, device)
     check_far(case, x.q, x.k, x.v, slope)
@@ -189,7 +189,7 @@ def test_distances_of_100_000_are_exact_N10(device: str, case: AttnCase, slope: 
 @everywhere(
     AttnCase(16, 100_000, (2, 2), 64, Mask.none), AttnCase(16, 100_000, (2, 2), 64, Mask.causal)
 )
-def test_a_far_key_that_prevails_N10(device: str, case: AttnCase) -> None:
+def test_a_far_key_that_prevails(device: str, case: AttnCase) -> None:
     """A large score far away against a bias of -1000: their difference is what counts."""
     x = make_inputs(case, device)
     q = torch.full_like(x.q, 4.0)

@@ -214,7 +214,7 @@ def test_every_argument_has_an_effect(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_upstreams_function_classes(form: str) -> None:
+def test_function_classes_of_flash_attn_2(form: str) -> None:
     """apply takes the public arguments by position and, last, whether gradients are enabled."""
     torch.manual_seed(0)
     qkv = torch.randn(2, 9, 3, 2, 8)

@@ -748,8 +748,9 @@ def test_wheel_without_extension_is_pure(tmp_path: Path, monkeypatch: pytest.Mon
     (wheel,) = (tree / "dist").iterdir()
     assert wheel.name == "flash_attn-2.8.3-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
-        top = {name.split("/")[0] for name in archive.namelist()}
-    assert top == {"flash_attn", "flash_attn-2.8.3.dist-info"}
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {"flash_attn", "flash_attn-2.8.3.dist-info"}
+    assert "flash_attn/py.typed" in names  # its annotations are for users, too
 
 
 def test_broken_torch_builds_the_python_package(tmp_path: Path) -> None:

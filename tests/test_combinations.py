@@ -121,7 +121,7 @@ EMPTY = [
 
 @everywhere(*EMPTY)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
-def test_no_queries_or_no_keys_Z2(device: str, case: AttnCase, deterministic: bool) -> None:
+def test_no_queries_or_no_keys(device: str, case: AttnCase, deterministic: bool) -> None:
     x = make_inputs(case, device)
     options = features_of(case, device) | dict(causal=case.causal, deterministic=deterministic)
     dlse = make_dlse(case, device)
@@ -139,7 +139,7 @@ def test_no_queries_or_no_keys_Z2(device: str, case: AttnCase, deterministic: bo
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @everywhere(*(AttnCase(65, 97, (4, 2), 64, Mask.causal, **f) for f in FEATURE_SETS))
-def test_anomaly_detection_runs_clean_N6(device: str, case: AttnCase) -> None:
+def test_anomaly_detection_runs_clean(device: str, case: AttnCase) -> None:
     """With rows that see nothing, too."""
     for shape in (case, case.but(seqlen_q=150)):
         x = make_inputs(shape, device)

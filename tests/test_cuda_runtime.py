@@ -498,7 +498,7 @@ def test_window_of_a_very_long_sequence(device: str, case: AttnCase) -> None:
         AttnCase(50_000, 50_000, (2, 2), 128, Mask.causal, "fp16", dropout=0.3),
     ]
 )
-def test_s_dmask_of_more_than_2_to_the_31_elements_O4(device: str, case: AttnCase) -> None:
+def test_s_dmask_of_more_than_2_to_the_31_elements(device: str, case: AttnCase) -> None:
     needs_memory(40)
     x = make_inputs(case, device)
     torch.manual_seed(3)
@@ -525,7 +525,7 @@ def test_s_dmask_of_more_than_2_to_the_31_elements_O4(device: str, case: AttnCas
 
 @pytest.mark.slow
 @on_devices(cuda=[VarlenCase((4096,) * 2**14, (64,) * 2**14, (33, 1), 8, Mask.causal)])
-def test_lse_of_more_than_2_to_the_31_elements_O6(device: str, case: VarlenCase) -> None:
+def test_lse_of_more_than_2_to_the_31_elements(device: str, case: VarlenCase) -> None:
     """Forward alone; its last sequences equal a run of their own."""
     needs_memory(100)
     gen = torch.Generator(device).manual_seed(0)
@@ -553,7 +553,7 @@ def test_lse_of_more_than_2_to_the_31_elements_O6(device: str, case: VarlenCase)
 
 @pytest.mark.slow
 @on_devices(cuda=[case for case in VARLEN if case.head_dim % 8 == 0])
-def test_varlen_offsets_beyond_32_bits_O1(device: str, case: VarlenCase) -> None:
+def test_varlen_offsets_beyond_32_bits(device: str, case: VarlenCase) -> None:
     """The rows' stride puts the last of them more than 2^32 elements from the first."""
     needs_memory(24)
     dense = make_varlen_inputs(case, device)
@@ -584,7 +584,7 @@ DECODING = [
 @pytest.mark.slow
 @on_devices(cuda=DECODING)
 @pytest.mark.parametrize("which", ["block", "row", "head"])
-def test_caches_beyond_32_bits_O3(device: str, case: DecodeCase, which: str) -> None:
+def test_caches_beyond_32_bits(device: str, case: DecodeCase, which: str) -> None:
     """Views of huge buffers: the last page, row or head lies more than 2^32 elements from the first."""
     needs_memory(24)
     x = make_decode_inputs(case, device)
@@ -622,7 +622,7 @@ def test_very_long_cache(device: str, case: DecodeCase, page_size: int) -> None:
 
 @pytest.mark.slow
 @on_devices(cuda=[DecodeCase((200,) * 4, 70_000, (2, 1), 64), DecodeCase((40,) * 70_000, 1)])
-def test_partial_results_of_many_rows_O5(device: str, case: DecodeCase) -> None:
+def test_partial_results_of_many_rows(device: str, case: DecodeCase) -> None:
     """More sequences than a grid's second axis holds; splits * batch * heads * rows beyond 2^31."""
     needs_memory(60)
     x = make_decode_inputs(case, device)
@@ -635,7 +635,7 @@ def test_partial_results_of_many_rows_O5(device: str, case: DecodeCase) -> None:
 
 @pytest.mark.gpus(2)
 @on_devices(cuda=[*FEATURED, *VARLEN])
-def test_features_on_the_second_gpu_while_the_first_is_current_L6(device: str, case: Case) -> None:
+def test_features_on_the_second_gpu_while_the_first_is_current(device: str, case: Case) -> None:
     """Slopes, lengths, seeds and workspaces are on the tensors' device."""
     dense = isinstance(case, AttnCase)
     x = make_inputs(case, device) if dense else make_varlen_inputs(case, device)

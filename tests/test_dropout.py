@@ -180,7 +180,7 @@ def cpu_dropout_cases() -> Iterator[AttnCase]:
 
 
 @on_devices(cpu=cpu_dropout_cases(), cuda=dropout_cases())
-def test_dropout_matches_oracle_D2(device: str, case: AttnCase) -> None:
+def test_dropout_matches_oracle(device: str, case: AttnCase) -> None:
     """Forward and backward apply the mask that torch's generator gave the call."""
     check_case(case, make_inputs(case, device))
 
@@ -367,7 +367,7 @@ def test_the_mask_depends_on_no_length_tile_or_head_dim(device: str, case: AttnC
 
 @everywhere(AttnCase(128, 128, (4, 4), 32, batch=4))
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.83], ids=str)
-def test_dropped_weights_are_as_many_as_asked_and_independent_D8(
+def test_dropped_weights_are_as_many_as_asked_and_independent(
     device: str, case: AttnCase, p: float
 ) -> None:
     """By S_dmask's signs; the bounds are 6 standard deviations of independent draws."""
@@ -411,7 +411,7 @@ def test_dropped_weights_are_as_many_as_asked_and_independent_D8(
 
 
 @few
-def test_dropout_p_too_small_to_drop_anything_D4(device: str, case: AttnCase) -> None:
+def test_dropout_p_too_small_to_drop_anything(device: str, case: AttnCase) -> None:
     """Clients ask for 1e-30 to get S_dmask: nothing is dropped, results are as with 0."""
     case = case.but(dropout=1e-30)
     x = make_inputs(case, device)
@@ -449,14 +449,14 @@ def generator_state(device: str) -> Tensor:
 
 @everywhere(FEW[0])
 @pytest.mark.parametrize("p", [1.0, 1.5, -0.1, float("nan")], ids=str)
-def test_impossible_probabilities_are_refused_D5(device: str, case: AttnCase, p: float) -> None:
+def test_impossible_probabilities_are_refused(device: str, case: AttnCase, p: float) -> None:
     x = make_inputs(case, device)
     with pytest.raises(RuntimeError, match="dropout"):
         flash_attn_func(x.q, x.k, x.v, dropout_p=p)
 
 
 @everywhere(FEW[0])
-def test_backward_operator_without_a_state_is_refused_D6(device: str, case: AttnCase) -> None:
+def test_backward_operator_without_a_state_is_refused(device: str, case: AttnCase) -> None:
     x = make_inputs(case, device)
     state = state_tensor((1, 2), device)
     ours = run_ops(case, x, state)
@@ -481,7 +481,7 @@ def test_torchs_seed_reproduces_and_calls_differ(device: str, case: AttnCase) ->
 
 
 @everywhere(FEW[0])
-def test_fork_rng_reproduces_D7(device: str, case: AttnCase) -> None:
+def test_fork_rng_reproduces(device: str, case: AttnCase) -> None:
     x = make_inputs(case, device)
     call = partial(flash_attn_func, x.q, x.k, x.v, dropout_p=0.2)
     with torch.random.fork_rng():
@@ -491,7 +491,7 @@ def test_fork_rng_reproduces_D7(device: str, case: AttnCase) -> None:
 
 @few
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
-def test_checkpoint_reproduces_D7(device: str, case: AttnCase, use_reentrant: bool) -> None:
+def test_checkpoint_reproduces(device: str, case: AttnCase, use_reentrant: bool) -> None:
     x = make_inputs(case, device)
     options = dict(causal=case.causal, deterministic=True, **features_of(case, device))
 
@@ -528,7 +528,7 @@ def test_backward_twice_applies_the_mask_of_the_forward(device: str, case: AttnC
 
 @pytest.mark.cuda
 def test_state_is_seed_and_offset_of_torchs_cuda_generator(device: str) -> None:
-    """As upstream draws them: a call takes 32 values for each batch entry and head."""
+    """As flash-attn 2.8 draws them: a call takes 32 values for each batch entry and head."""
     q = torch.zeros(3, 8, 5, 64, dtype=torch.bfloat16, device=device)
     torch.cuda.manual_seed(1234)
     options = (0.1, 1.0, False, -1, -1, 0.0, None, False)
@@ -571,7 +571,7 @@ GRAPHS = [case for case in FEW if case.head_dim % 8 == 0]
 
 @pytest.mark.cuda
 @on_devices(cuda=GRAPHS)
-def test_cuda_graph_replays_draw_fresh_masks_D1(device: str, case: AttnCase) -> None:
+def test_cuda_graph_replays_draw_fresh_masks(device: str, case: AttnCase) -> None:
     """Also: seeding again repeats them, and the backward in the graph uses its forward's mask."""
     x = make_inputs(case, device)
     options = dict(causal=case.causal, deterministic=True, **features_of(case, device))

@@ -1,4 +1,4 @@
-"""flash_attn_2_cuda as other libraries call it: positional entry points with upstream's arguments."""
+"""flash_attn_2_cuda as other libraries call it: positional entry points with the arguments of flash-attn 2.8."""
 
 from __future__ import annotations
 

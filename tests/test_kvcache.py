@@ -181,7 +181,7 @@ def test_attention_to_a_cache_matches_oracle(device: str, case: DecodeCase) -> N
 
 
 @all_devices(APPENDING)
-def test_append_matches_oracle_K5(device: str, case: DecodeCase) -> None:
+def test_append_matches_oracle(device: str, case: DecodeCase) -> None:
     """Also the cache, bitwise: new values and keys in their rows, all others as they were."""
     check_decode(case, make_decode_inputs(case, device))
 
@@ -252,7 +252,7 @@ EDGES = [
 
 
 @everywhere(*EDGES)
-def test_rows_without_keys_Z10(device: str, case: DecodeCase) -> None:
+def test_rows_without_keys(device: str, case: DecodeCase) -> None:
     """Nothing cached, all of it left padding, queries before the first key, no queries: 0 and +inf."""
     ours = packed(check_decode(case, make_decode_inputs(case, device)))
     nothing = ours.lse.isinf()
@@ -489,7 +489,7 @@ def test_result_is_the_same_alone_and_in_any_batch(
 
 
 @everywhere(*INVARIANT)
-def test_number_of_splits_changes_only_roundings_K3(device: str, case: DecodeCase) -> None:
+def test_number_of_splits_changes_only_roundings(device: str, case: DecodeCase) -> None:
     x = make_decode_inputs(case, device)
     want = check_decode(case, x.fresh())
     for num_splits in (1, 2, 3, 8, 31, 128):
@@ -510,7 +510,7 @@ def test_runs_repeat_bitwise(device: str, case: DecodeCase, num_splits: int) -> 
 
 
 @everywhere(*(case for case in OPTIONS if case.entries), *(c for c in APPENDING if c.entries))
-def test_entries_may_be_anywhere_K6(device: str, case: DecodeCase) -> None:
+def test_entries_may_be_anywhere(device: str, case: DecodeCase) -> None:
     """The same keys in entries 0, 1, ... give the same bits."""
     x = make_decode_inputs(case, device)
     index = x.options["cache_batch_idx"].long()
@@ -615,7 +615,7 @@ FULL_CACHES = [
 
 
 @on_devices(cpu=[c.but(dtype="fp32") for c in FULL_CACHES], cuda=FULL_CACHES)
-def test_append_beyond_the_capacity_K4(
+def test_append_beyond_the_capacity(
     device: str, case: DecodeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error where no device has to be waited for; else the sequence ends at the capacity."""
@@ -815,7 +815,7 @@ def test_side_stream(device: str, case: DecodeCase) -> None:
 @pytest.mark.gpus(2)
 @pytest.mark.cuda
 @on_devices(cuda=INVARIANT[:3])
-def test_second_gpu_while_the_first_is_current_L6(device: str, case: DecodeCase) -> None:
+def test_second_gpu_while_the_first_is_current(device: str, case: DecodeCase) -> None:
     x = make_decode_inputs(case, device)
     there = {n: o.to("cuda:1") if isinstance(o, Tensor) else o for n, o in x.options.items()}
     y = DecodeInputs(*(t.to("cuda:1") for t in (x.q, x.k_cache, x.v_cache)), there)

@@ -163,7 +163,7 @@ SQUARE = [SHAPE.but(seqlen_q=150, seqlen_k=150, head_dim=d) for d in (64, 128)]
 
 @everywhere(*SQUARE, SQUARE[0].but(dtype="fp16"))
 @pytest.mark.parametrize("scale", [0.0, -0.3], ids=str)
-def test_scale_0_and_negative_with_as_many_queries_as_keys_N2(
+def test_scale_0_and_negative_with_as_many_queries_as_keys(
     device: str, case: AttnCase, scale: float
 ) -> None:
     """The kernel that other libraries use for this shape scales what is hidden: -inf * 0."""

@@ -131,7 +131,7 @@ def repeats(device: str, deterministic: bool) -> int:
 
 @on_devices(cpu=[c.but(dtype="fp32") for c in FEATURED[::17]], cuda=FEATURED)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
-def test_features_repeat_bitwise_R1_R2(device: str, case: AttnCase, deterministic: bool) -> None:
+def test_features_repeat_bitwise(device: str, case: AttnCase, deterministic: bool) -> None:
     """dq in the default mode but for the order of sums."""
     x = make_inputs(case, device)
     options = features_of(case, device) | dict(causal=case.causal, deterministic=deterministic)
@@ -143,7 +143,7 @@ def test_features_repeat_bitwise_R1_R2(device: str, case: AttnCase, deterministi
 
 @on_devices(cpu=[c.but(dtype="fp32") for c in VARLEN[::13]], cuda=VARLEN)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
-def test_varlen_repeats_bitwise_R1_R2(device: str, case: VarlenCase, deterministic: bool) -> None:
+def test_varlen_repeats_bitwise(device: str, case: VarlenCase, deterministic: bool) -> None:
     x = make_varlen_inputs(case, device)
     options = features_of(case, device) | dict(causal=case.causal, deterministic=deterministic)
     first = run_varlen(x, **options)

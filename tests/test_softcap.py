@@ -55,7 +55,7 @@ def cpu_softcap_cases() -> Iterator[tuple[AttnCase, int]]:
             yield case.but(dtype=next(dtype)), factor
 
 
-# The factor travels beside the case: q * factor is what the large logits come from (N1).
+# The factor travels beside the case: q * factor is what the large logits come from.
 BY_FACTOR = {
     factor: on_devices(
         cpu=[c for c, f in cpu_softcap_cases() if f == factor],
@@ -76,7 +76,7 @@ def test_softcap_of_larger_logits(device: str, case: AttnCase) -> None:
 
 
 @BY_FACTOR[50]
-def test_softcap_of_large_logits_N1(device: str, case: AttnCase) -> None:
+def test_softcap_of_large_logits(device: str, case: AttnCase) -> None:
     check_case(case, scaled(case, device, 50))
 
 

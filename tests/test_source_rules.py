@@ -23,6 +23,7 @@ PYTHON += [
     if "cutlass/" not in str(p)
 ]
 TEXT_SUFFIXES = {".md", ".toml", ".cfg", ".yaml", ".yml", ".json", ".txt", ".in"}
+TEST_NAME = re.compile(r"^def (test_\w+)", re.MULTILINE)
 MAXIMUM_LINES = 370
 
 
@@ -127,6 +128,15 @@ def test_file_is_short(path: Path) -> None:
 @pytest.mark.parametrize("path", CPP, ids=_id)
 def test_nothing_prints_or_exits(path: Path) -> None:
     assert not prints(path.read_text())
+
+
+def test_names_of_tests_say_what_they_test() -> None:
+    """No codes of lists that a reader cannot look up, as in test_no_keys_Z2."""
+    names = [
+        n for p in (ROOT / "tests").glob("test_*.py") for n in TEST_NAME.findall(p.read_text())
+    ]
+    assert len(names) > 100
+    assert not [name for name in names if re.search(r"_[A-Z]\d+(_|$)", name)]
 
 
 def test_no_machine_paths() -> None:

@@ -114,7 +114,7 @@ def assert_unused_rows_are_clean(case: VarlenCase, ours: Result) -> None:
 
 
 @on_devices(cpu=cpu_varlen_cases(), cuda=varlen_cases())
-def test_varlen_matches_oracle_Z1_Z4(device: str, case: VarlenCase) -> None:
+def test_varlen_matches_oracle(device: str, case: VarlenCase) -> None:
     """Rows of no sequence hold NaN, and their results are 0, LSE +inf."""
     ours = check_varlen(case, make_varlen_inputs(case, device))
     assert_unused_rows_are_clean(case, ours)
@@ -157,12 +157,12 @@ def test_varlen_with_features(
 
 @everywhere(FEATURES[1], FEATURES[3], FEATURES[7])
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1.0], ids=str)
-def test_softmax_scale_N2(device: str, case: VarlenCase, scale: float) -> None:
+def test_softmax_scale(device: str, case: VarlenCase, scale: float) -> None:
     check_varlen(case, make_varlen_inputs(case, device), scale=scale)
 
 
 @everywhere(FEATURES[0], FEATURES[7])
-def test_only_requested_gradients_come_L12(device: str, case: VarlenCase) -> None:
+def test_only_requested_gradients_come(device: str, case: VarlenCase) -> None:
     x = make_varlen_inputs(case, device)
     options = features_of(case, device) | dict(causal=case.causal)
     want = run_varlen(x, **options)
@@ -183,9 +183,7 @@ def test_only_requested_gradients_come_L12(device: str, case: VarlenCase) -> Non
 
 @everywhere(FEATURES[0])
 @pytest.mark.parametrize("which", range(6), ids=["q", "k", "v", "cu_q", "cu_k", "out"])
-def test_saved_tensor_changed_in_place_raises_L13(
-    device: str, case: VarlenCase, which: int
-) -> None:
+def test_saved_tensor_changed_in_place_raises(device: str, case: VarlenCase, which: int) -> None:
     x = make_varlen_inputs(case, device)
     q, k, v = (t + 0 for t in leaves(x.q, x.k, x.v))
     cu_q, cu_k = x.cu_seqlens_q, x.cu_seqlens_k
@@ -197,7 +195,7 @@ def test_saved_tensor_changed_in_place_raises_L13(
 
 
 @everywhere(FEATURES[7])
-def test_no_grad_and_inference_mode_record_nothing_L12(device: str, case: VarlenCase) -> None:
+def test_no_grad_and_inference_mode_record_nothing(device: str, case: VarlenCase) -> None:
     x = make_varlen_inputs(case, device)
     options = features_of(case, device) | dict(causal=case.causal)
     lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
@@ -229,7 +227,7 @@ EMPTY = [
 
 @everywhere(*EMPTY)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
-def test_nothing_to_attend_to_Z1(device: str, case: VarlenCase, deterministic: bool) -> None:
+def test_nothing_to_attend_to(device: str, case: VarlenCase, deterministic: bool) -> None:
     """No tokens at all, no queries, or no keys: zeros, LSE +inf, and no launch error."""
     x = make_varlen_inputs(case, device)
     ours = run_varlen(x, causal=True, deterministic=deterministic)
@@ -254,7 +252,7 @@ def test_nothing_to_attend_to_Z1(device: str, case: VarlenCase, deterministic: b
     ],
 )
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
-def test_70_000_sequences_O7(device: str, case: VarlenCase, deterministic: bool) -> None:
+def test_70_000_sequences(device: str, case: VarlenCase, deterministic: bool) -> None:
     """Those with queries and keys, all of one shape, are a dense batch for the oracle."""
     x = make_varlen_inputs(case, device)
     options = features_of(case, device) | dict(causal=case.causal)
@@ -378,7 +376,7 @@ OVERFLOW = [
 
 
 @on_devices(cpu=[case.but(dtype="fp32") for case in OVERFLOW[::9]], cuda=OVERFLOW)
-def test_one_key_for_many_queries_Z7(device: str, case: VarlenCase) -> None:
+def test_one_key_for_many_queries(device: str, case: VarlenCase) -> None:
     """Upstream's overflow: columns past the only key got into the backward pass as NaN."""
     x = make_varlen_inputs(case, device)
     x.q, x.k, x.v = x.q * 3, x.k * 3, x.v * 3
@@ -478,7 +476,7 @@ def check_forward(
 
 @everywhere(*PAGED)
 @pytest.mark.parametrize("page_size", [16, 48, 64, 256, 1024])
-def test_pages_of_any_multiple_of_16_K8(device: str, case: VarlenCase, page_size: int) -> None:
+def test_pages_of_any_multiple_of_16(device: str, case: VarlenCase, page_size: int) -> None:
     """Pages that no sequence uses hold NaN; table entries that are not needed are out of range."""
     x = make_varlen_inputs(case, device)
     pages, table = make_pages(case, x, page_size)
@@ -648,9 +646,7 @@ def call(x: VarlenInputs, **changes: Any) -> Tensor:
 
 @everywhere(RIGHT)
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k"])
-def test_cu_seqlens_of_a_wrong_kind_are_refused_L10_Z3(
-    device: str, case: VarlenCase, name: str
-) -> None:
+def test_cu_seqlens_of_a_wrong_kind_are_refused(device: str, case: VarlenCase, name: str) -> None:
     x = make_varlen_inputs(case, device)
     right = getattr(x, name)
     wrong = {
@@ -692,7 +688,7 @@ def data_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"), [w[1:] for w in WRONG_DATA], ids=[w[0] for w in WRONG_DATA]
 )
-def test_wrong_data_is_refused_Z9(
+def test_wrong_data_is_refused(
     device: str, case: VarlenCase, changes: dict[str, Any], word: str, data_checks: None
 ) -> None:
     x = make_varlen_inputs(case, device)

@@ -59,7 +59,7 @@ def test_window_in_long_sequences(device: str, case: AttnCase) -> None:
     check_case(case, make_inputs(case, device))
 
 
-# Rows without keys: sq > sk + right.  M1: upstream takes right >= sk for unlimited.
+# Rows without keys: sq > sk + right.  flash-attn 2.8 takes right >= sk for unlimited.
 EMPTY_ROWS = [
     AttnCase(sq, sk, heads, d, mask, dtype, window=window)
     for ((sq, sk), window, mask), (d, heads, dtype) in product(
@@ -78,7 +78,7 @@ EMPTY_ROWS = [
 
 
 @on_devices(cpu=[c.but(dtype="fp32") for c in EMPTY_ROWS[::5]], cuda=EMPTY_ROWS)
-def test_rows_that_see_nothing_M1_Z5(device: str, case: AttnCase) -> None:
+def test_rows_that_see_nothing(device: str, case: AttnCase) -> None:
     """They give 0, LSE +inf, and no gradient, whatever the hidden keys hold."""
     x = make_inputs(case, device)
     deterministic = case.heads[0] == 4
@@ -114,7 +114,7 @@ ONE_HOT = [
     ],
     cuda=ONE_HOT,
 )
-def test_one_hot_values_show_the_window_M4_M7(device: str, case: AttnCase) -> None:
+def test_one_hot_values_show_the_window(device: str, case: AttnCase) -> None:
     """With V = identity, out holds the probabilities: hidden ones must be exactly 0."""
     x = make_inputs(case, device)
     v = torch.eye(case.seqlen_k, case.head_dim, device=device, dtype=case.torch_dtype)
@@ -127,7 +127,7 @@ def test_one_hot_values_show_the_window_M4_M7(device: str, case: AttnCase) -> No
 
 @everywhere(*(AttnCase(150, 150, (2, 1), d, Mask.causal) for d in (64, 128)))
 @pytest.mark.parametrize("tokens", [1, 2, 17, 64, 128])
-def test_a_model_that_sees_the_last_tokens_M5(device: str, case: AttnCase, tokens: int) -> None:
+def test_a_model_that_sees_the_last_tokens(device: str, case: AttnCase, tokens: int) -> None:
     """Clients ask for the last n tokens, the query's own included, with (n - 1, n - 1), causal."""
     x = make_inputs(case, device)
     out = run_flash(x.q, x.k, x.v, causal=True, window_size=(tokens - 1, tokens - 1)).out
@@ -157,7 +157,7 @@ def compare_windows(
 
 
 @everywhere(*SAME)
-def test_a_window_without_keys_to_come_is_causal_bitwise_M3(device: str, case: AttnCase) -> None:
+def test_a_window_without_keys_to_come_is_causal_bitwise(device: str, case: AttnCase) -> None:
     longest = max(case.seqlen_q, case.seqlen_k)
     compare_windows(case, device, (False, (-1, 0)), (True, UNLIMITED))
     compare_windows(case, device, (True, (longest, longest)), (True, UNLIMITED))
@@ -165,9 +165,7 @@ def test_a_window_without_keys_to_come_is_causal_bitwise_M3(device: str, case: A
 
 
 @everywhere(*SAME)
-def test_a_window_wider_than_the_sequences_is_none_bitwise_M3_M4(
-    device: str, case: AttnCase
-) -> None:
+def test_a_window_wider_than_the_sequences_is_none_bitwise(device: str, case: AttnCase) -> None:
     longest = max(case.seqlen_q, case.seqlen_k)
     for window in ((longest, longest), (-1, longest), (longest, -1), (-5, -5), (-1, -7)):
         compare_windows(case, device, (False, window), (False, UNLIMITED))
@@ -190,7 +188,7 @@ def test_left_and_right_are_not_swapped(device: str, case: AttnCase) -> None:
 
 
 @everywhere(AttnCase(150, 170, (2, 1), 64), AttnCase(150, 170, (2, 1), 128))
-def test_numbers_of_a_window_may_be_tensors_or_numpy_M9(device: str, case: AttnCase) -> None:
+def test_numbers_of_a_window_may_be_tensors_or_numpy(device: str, case: AttnCase) -> None:
     x = make_inputs(case, device)
     want = flash_attn_func(x.q, x.k, x.v, window_size=(33, 7))
     for window in (
@@ -224,7 +222,7 @@ FAR_KEYS = [
 
 @on_devices(cpu=[c.but(dtype="fp32") for c in FAR_KEYS[::7]], cuda=FAR_KEYS)
 def test_keys_before_all_windows_are_not_loaded(device: str, case: AttnCase) -> None:
-    """Z8: whatever they hold, nothing changes, and they get no gradient."""
+    """Whatever they hold, nothing changes, and they get no gradient."""
     x = make_inputs(case, device)
     first = case.seqlen_k - case.seqlen_q - case.window[0]
     unread = first - REACH + 1
@@ -244,7 +242,7 @@ def test_keys_before_all_windows_are_not_loaded(device: str, case: AttnCase) -> 
     cuda=[AttnCase(600, 40, (2, 1), d, m, window=(10, 5)) for d, m in product(DIMS, Mask)],
 )
 def test_queries_that_see_nothing_are_without_influence(device: str, case: AttnCase) -> None:
-    """Z5: NaN and inf in their q and dout reach neither dk nor dv."""
+    """NaN and inf in their q and dout reach neither dk nor dv."""
     x = make_inputs(case, device)
     first = case.seqlen_q - case.seqlen_k - (0 if case.causal else case.window[1])
     unread = first - REACH + 1
