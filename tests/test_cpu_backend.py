@@ -22,7 +22,7 @@ from flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from flash_attn.cpu import attention, scores
+from flash_attn.cpu import attention, scores, torch_kernel
 
 
 def test_cuda_is_tested_here() -> None:
@@ -195,6 +195,54 @@ def test_tiles_and_parts_do_not_change_the_result(
         results.append((out, lse, s_dmask, *torch.autograd.grad(out, inputs, x.dout)))
     for ours, want in zip(*results):
         torch.testing.assert_close(ours, want)
+
+
+HIDDEN = AttnCase(
+    300, 300, (4, 2), 32, Mask.causal
+)  # queries 0 to 199 see nothing of what is broken
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_what_a_mask_hides_may_hold_anything(name: str, value: float, dtype: str) -> None:
+    """Rows that do not see it are right, heads that do not hold it are the same bit by bit."""
+    x = make_inputs(HIDDEN.but(dtype=dtype), "cpu")
+
+    def run() -> list[torch.Tensor]:
+        inputs = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+        out = flash_attn_func(*inputs, causal=True)
+        return [out.detach(), *torch.autograd.grad(out, inputs, x.dout)]
+
+    clean = run()
+    getattr(x, name)[0, 200, -1, 3] = value  # in the last head
+    broken = run()
+    for result, ours, want in zip(("out", "dq", "dk", "dv"), broken, clean):
+        heads = ours.shape[2] // 2  # of the key head that is as before
+        assert torch.equal(ours[:, :, :heads], want[:, :, :heads]), result
+        rows = slice(0, 200) if result in ("out", "dq") else slice(201, None)
+        if result in ("dk", "dv") and name in ("k", "v"):
+            continue  # later queries see it and these keys
+        error = (ours[:, rows].double() - want[:, rows].double()).abs().max()
+        assert error <= 4 * torch.finfo(want.dtype).eps * want.abs().max(), result
+    assert not all(t.isfinite().all() for t in broken)
+
+
+def test_a_sum_that_overflows_is_no_inf() -> None:
+    x = torch.full((1, 1200, 2, 8), 60.0, dtype=torch.float16)
+    assert x.sum(1).isinf().all() and torch_kernel._numbers([torch_kernel._broken(x, 1)]) is None
+    x[0, 7, 1, 2] = math.inf
+    assert torch_kernel._broken(x, 2).tolist() == [[False, True]]
+
+
+def test_bf16_products_are_torchs_where_the_processor_has_them() -> None:
+    """Whether it has them is asked once; the inputs of the kernel tell which way was taken."""
+    q = torch.zeros(1, 300, 2, 8, dtype=torch.bfloat16)
+    want = torch.bfloat16 if torch_kernel._multiplies_bf16() else torch.float32
+    assert torch_kernel._forward_dtype(q, q) == want
+    assert torch_kernel._forward_dtype(q, q[:, :255]) == torch.float32
+    assert torch_kernel._forward_dtype(q.half(), q.half()) == torch.float32
+    assert torch_kernel._forward_dtype(q.double(), q.double()) == torch.float64
 
 
 PEAK = """

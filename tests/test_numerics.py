@@ -168,3 +168,18 @@ def test_scale_0_and_negative_with_as_many_queries_as_keys(
 ) -> None:
     """The kernel that other libraries use for this shape scales what is hidden: -inf * 0."""
     check_case(case, make_inputs(case, device), scale=scale)
+
+
+FP32 = [AttnCase(64, 64, (4, 4), 32, mask, "fp32") for mask in Mask]
+FP32 += [AttnCase(191, 191, (2, 1), 128, Mask.causal, "fp32"), AttnCase(90, 150, dtype="fp32")]
+
+
+@on_devices(cpu=FP32)
+@pytest.mark.parametrize("factor", [1.0, 2.0, 5.0])
+def test_fp32_holds_its_bound_where_few_keys_have_the_weight(
+    device: str, case: AttnCase, factor: float
+) -> None:
+    """Plain attention has a weight of 1 there; ours is recomputed from the rounded score and LSE."""
+    for salt in range(3):
+        x = make_inputs(case, device, salt)
+        check_case(case, Inputs(x.q * factor, x.k * factor, x.v * factor, x.dout))

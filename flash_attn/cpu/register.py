@@ -14,7 +14,7 @@ from flash_attn._arguments import Cache, Lengths, Options
 from flash_attn._checks import check_lengths, check_number
 from flash_attn._checks_decode import check_cache_contents
 from flash_attn._overlap import check_written
-from flash_attn.cpu import attention, decode, varlen
+from flash_attn.cpu import attention, checks, decode, varlen
 from flash_attn.cpu.isolation import isolated
 from flash_attn.cpu.scores import compute_dtype
 
@@ -36,6 +36,8 @@ def _options(
     softmax_scale_tensor: Tensor | None,
     softcap_tensor: Tensor | None,
 ) -> Options:
+    checks.check_number(softmax_scale_tensor, "softmax_scale_tensor")
+    checks.check_number(softcap_tensor, "softcap_tensor")
     if softmax_scale_tensor is not None:
         check_number("softmax_scale_tensor", softmax_scale_tensor)
         softmax_scale = float(softmax_scale_tensor)
@@ -53,11 +55,10 @@ def _forward(
     lengths: Lengths | None,
     options: Options,
     return_softmax: bool,
+    num_splits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, softmax_lse, S_dmask, rng_state."""
     has_dropout = options.dropout_p > 0
-    if lengths is not None:
-        check_lengths(q, k, lengths)
     if not has_dropout:
         state = torch.empty(0, dtype=torch.int64, device="cpu")
     elif options.rng_state is None:
@@ -65,6 +66,11 @@ def _forward(
     else:
         state = options.rng_state.clone()
     options = options._replace(rng_state=state if has_dropout else None)
+    if return_softmax and has_dropout and lengths is not None:
+        _check_probabilities(lengths)
+    checks.check_forward(q, k, v, lengths, options, num_splits)
+    if lengths is not None:
+        check_lengths(q, k, lengths)
     if lengths is None:
         out, softmax_lse = attention.attention_forward(q, k, v, options)
     else:
@@ -83,14 +89,19 @@ def _probabilities(
         probabilities = q.new_zeros(shape)
         attention.write_probabilities(q, k, options, probabilities)
         return probabilities
-    for name in ("block_table", "leftpad_k", "seqused_k"):
-        if getattr(lengths, name) is not None:
-            raise RuntimeError(f"return_softmax: S_dmask is not available with {name}")
     batch = len(lengths.cu_seqlens_q) - 1
     shape = _ops.probabilities_shape(q, batch, lengths.max_seqlen_q, lengths.max_seqlen_k)
     probabilities = q.new_zeros(shape)
     varlen.varlen_probabilities(q, k, lengths, options, probabilities)
     return probabilities
+
+
+def _check_probabilities(lengths: Lengths) -> None:
+    names = "seqused_k", "leftpad_k", "block_table"
+    if any(getattr(lengths, name) is not None for name in names):
+        raise RuntimeError(
+            "return_softmax: S_dmask is not available with seqused_k, leftpad_k or block_table"
+        )
 
 
 def _forward_dense(
@@ -101,7 +112,7 @@ def _forward_dense(
         *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
         *(rng_state, softmax_scale_tensor, softcap_tensor),
     )
-    return _forward(q, k, v, None, options, return_softmax)
+    return _forward(q, k, v, None, options, return_softmax, 0)
 
 
 def _forward_varlen(
@@ -118,10 +129,11 @@ def _forward_varlen(
         *(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table),
         *(max_seqlen_q, max_seqlen_k),
     )
-    return _forward(q, k, v, lengths, options, return_softmax)
+    return _forward(q, k, v, lengths, options, return_softmax, num_splits)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+Given = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _gradients(
@@ -134,27 +146,23 @@ def _gradients(
     dlse: Tensor | None,
     lengths: Lengths | None,
     options: Options,
+    given: Given,
 ) -> Gradients:
-    """dq, dk, dv."""
+    """dq, dk, dv, written to what is given as well."""
     tensors = dout, q, k, v, out, softmax_lse, dlse
-    if lengths is None:
-        return attention.attention_backward(*tensors, options)
-    check_lengths(q, k, lengths)
-    return varlen.varlen_backward(*tensors, lengths, options)
-
-
-def _check_given(
-    given: tuple[Tensor | None, Tensor | None, Tensor | None], read: tuple[Tensor, ...]
-) -> None:
-    """given: dq, dk, dv, as far as they are wanted; read: dout, q, k, v, out."""
+    checks.check_backward(tensors, lengths, options)
+    checks.check_given(given, (q, k, v))
     written = {name: x for name, x in zip(("dq", "dk", "dv"), given) if x is not None}
-    check_written(written, dict(zip(("dout", "q", "k", "v", "out"), read)))
-
-
-def _fill(given: tuple[Tensor | None, Tensor | None, Tensor | None], values: Gradients) -> None:
+    check_written(written, dict(dout=dout, q=q, k=k, v=v, out=out))
+    if lengths is None:
+        values = attention.attention_backward(*tensors, options)
+    else:
+        check_lengths(q, k, lengths)
+        values = varlen.varlen_backward(*tensors, lengths, options)
     for gradient, value in zip(given, values):
         if gradient is not None:
             gradient.copy_(value)
+    return values
 
 
 def _softmax_d(dout: Tensor, out: Tensor, batch: int | None, is_wanted: bool) -> Tensor:
@@ -169,21 +177,20 @@ def _softmax_d(dout: Tensor, out: Tensor, batch: int | None, is_wanted: bool) ->
 def _backward_functional(
     dout, q, k, v, out, softmax_lse, dropout_p, softmax_scale, causal, left, right, softcap,
     alibi_slopes, deterministic, rng_state=None,
-    dlse=None, softmax_scale_tensor=None, softcap_tensor=None,
+    dlse=None, softmax_scale_tensor=None, softcap_tensor=None, given=(None, None, None),
 ):  # fmt: skip
     options = _options(
         *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
         *(rng_state, softmax_scale_tensor, softcap_tensor),
     )
-    return _gradients(dout, q, k, v, out, softmax_lse, dlse, None, options)
+    return _gradients(dout, q, k, v, out, softmax_lse, dlse, None, options, given)
 
 
 def _backward(
     dout, q, k, v, out, softmax_lse, dq, dk, dv, *options, dlse=None, return_softmax_d=True, **numbers
 ):  # fmt: skip
-    _check_given((dq, dk, dv), (dout, q, k, v, out))
-    values = _backward_functional(dout, q, k, v, out, softmax_lse, *options, dlse=dlse, **numbers)
-    _fill((dq, dk, dv), values)
+    numbers |= dict(dlse=dlse, given=(dq, dk, dv))
+    _backward_functional(dout, q, k, v, out, softmax_lse, *options, **numbers)
     return _softmax_d(dout, out, None, return_softmax_d)
 
 
@@ -191,13 +198,14 @@ def _varlen_backward_functional(
     dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, deterministic,
     rng_state=None, dlse=None, softmax_scale_tensor=None, softcap_tensor=None,
+    given=(None, None, None),
 ):  # fmt: skip
     options = _options(
         *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
         *(rng_state, softmax_scale_tensor, softcap_tensor),
     )
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k)
-    return _gradients(dout, q, k, v, out, softmax_lse, dlse, lengths, options)
+    return _gradients(dout, q, k, v, out, softmax_lse, dlse, lengths, options, given)
 
 
 def _varlen_backward(
@@ -205,15 +213,14 @@ def _varlen_backward(
     max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes,
     deterministic, rng_state=None, zero_tensors=False, dlse=None, return_softmax_d=True, **numbers
 ):  # fmt: skip
-    _check_given((dq, dk, dv), (dout, q, k, v, out))
-    values = _varlen_backward_functional(
+    _varlen_backward_functional(
         *(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
         *(deterministic, rng_state),
         dlse=dlse,
+        given=(dq, dk, dv),
         **numbers,
     )
-    _fill((dq, dk, dv), values)
     return _softmax_d(dout, out, len(cu_seqlens_q) - 1, return_softmax_d)
 
 
@@ -226,6 +233,7 @@ def _cache_options(arguments: tuple, numbers: dict[str, Tensor | None]) -> tuple
 def _kvcache(q, k_cache, v_cache, *arguments, softmax_scale_tensor=None, softcap_tensor=None):
     numbers = dict(softmax_scale_tensor=softmax_scale_tensor, softcap_tensor=softcap_tensor)
     cache, options = _cache_options(arguments, numbers)
+    checks.check_cache(q, k_cache, v_cache, cache, options, arguments[13])
     check_cache_contents(q, k_cache, None, None, cache, options)
     return decode.decode_forward(q, k_cache, v_cache, cache, options)
 
@@ -236,10 +244,17 @@ def _kvcache_append(
 ):  # fmt: skip
     numbers = dict(softmax_scale_tensor=softmax_scale_tensor, softcap_tensor=softcap_tensor)
     cache, options = _cache_options(arguments, numbers)
+    checks.check_cache(q, k_cache, v_cache, cache, options, arguments[13])
+    checks.check_new_rows(q, k_cache, k, v, rotary_cos, rotary_sin)
     check_written({"k_cache": k_cache, "v_cache": v_cache})
     check_cache_contents(q, k_cache, k, rotary_cos, cache, options)
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin, rotary_interleaved)
     return decode.decode_append_forward(q, k_cache, v_cache, k, v, rotary, cache, options)
+
+
+def _merge_states(out_a, lse_a, out_b, lse_b):
+    checks.check_states(out_a, lse_a, out_b, lse_b)
+    return decode.merge_states(out_a, lse_a, out_b, lse_b)
 
 
 _IMPLEMENTATIONS = {
@@ -251,7 +266,7 @@ _IMPLEMENTATIONS = {
     "_flash_attn_varlen_backward.functional": _varlen_backward_functional,
     "_flash_attn_kvcache": _kvcache,
     "_flash_attn_kvcache.append": _kvcache_append,
-    "merge_states": decode.merge_states,
+    "merge_states": _merge_states,
 }
 for _name, _function in _IMPLEMENTATIONS.items():
     torch.library.impl(f"flash_attn::{_name}", "CPU", isolated(_function))

@@ -72,7 +72,8 @@ def backward(
 
 
 def _broken(x: Tensor, heads_k: int) -> Tensor | None:
-    """Which key heads of x (batch, seqlen, heads, head_dim) have an inf or NaN; None: no one has.
+    """Which key heads of x (batch, seqlen, heads, head_dim) have an inf or NaN; None, where one look tells:
+    no one has.
 
     A sum is much faster than ``isfinite``, and along the sequence as fast in any layout.  It is finite
     only if all of x is; a sum that overflows takes the second look.
