@@ -479,7 +479,7 @@ def test_no_memory_but_the_gradients(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         cross_entropy_loss(x, labels, inplace_backward=inplace)[0].sum().backward()
         peak = torch.cuda.max_memory_allocated() - held
-        assert peak <= (0 if inplace else logit_bytes) + (1 << 20)
+        assert peak <= (0 if inplace else logit_bytes) + (2 << 20)
         del x
 
 

@@ -46,7 +46,8 @@ def test_fwd_and_bwd_cuda() -> None:
     for name, ours, grad in zip(("dq", "dk", "dv"), grads, want_grads):
         assert torch.equal(ours, grad), name
     want_d = (dout.float() * out.float()).sum(-1).transpose(1, 2)
-    torch.testing.assert_close(softmax_d, want_d)
+    assert softmax_d.shape[-1] % 128 == 0 and not softmax_d[..., want_d.shape[-1] :].any()
+    torch.testing.assert_close(softmax_d[..., : want_d.shape[-1]], want_d)
 
 
 @pytest.mark.parametrize("more", [(), (0,)], ids=["21", "22"])

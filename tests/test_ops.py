@@ -456,8 +456,8 @@ def test_every_form_compiles(device: str, form: str, dynamic: bool | None) -> No
             out, lse, s_dmask = function(leaf, cu_seqlens, longest)
             ((out * out).sum() + lse.sum()).backward()
             results.append((out.detach(), lse.detach(), s_dmask, leaf.grad))
-        # Compiled, the gradients of the two calls may be added in another order.
-        eps = 4 * torch.finfo(qkv.dtype).eps
+        # Compiled, tensors have other strides and addresses, which products on the CPU may sum by.
+        eps = 32 * torch.finfo(torch.float32).eps if device == "cpu" else None
         for name, ours, want in zip(("out", "lse", "s_dmask", "dqkv"), *results):
             assert_nearly(name, ours, want, form, eps=eps)
 

@@ -83,7 +83,7 @@ Status launch(Entry<Params> const* const* entries, Params const& params, Plan co
   if (plan.counters > 0) {
     scratch.counters = zeroed_counters(plan.counters, stream);
     if (!scratch.counters) {
-      return failure(cudaErrorMemoryAllocation, "out of CUDA memory for counters");
+      return {cudaErrorMemoryAllocation, "out of CUDA memory for counters"};
     }
   }
   cudaError_t const code = entry->launch(params, plan, scratch, stream);
