@@ -13,6 +13,7 @@ calls on CUDA the compiled extension records the same in less time (csrc/torch/f
 ``gradients``, and this module does not know of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from flash_attn._vmap import Statics, maybe_contiguous
 # The CUDA kernels copy whole 16-byte vectors: 8 elements of a 2-byte type.
 CUDA_HEAD_DIM_MULTIPLE = 8
 
-_ONCE = (
+ONCE = (
     "flash_attn can be differentiated once, not twice: its gradients have no gradients of their own,"
     " as create_graph=True demands"
 )
@@ -69,24 +70,30 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, _dprobabilities, _drng_state):
-        if ctx.is_paged:
-            raise RuntimeError(
-                "block_table: attention to paged k and v has no gradients; call it under"
-                " torch.no_grad(), or with k and v that are not paged"
-            )
-        x, y, z, out, *others = ctx.saved_tensors
-        # Its row has rounded zeros where only softmax_lse was used.
-        dout = torch.zeros_like(out) if dout is None else maybe_contiguous(dout)
-        dlse = None if dlse is None else dlse.contiguous()
-        grads = gradients(dout, dlse, x, y, z, out, *others, ctx.statics)
-        scale, dscale = others[1], None
-        if scale is not None and ctx.needs_input_grad[3]:
-            dscale = _gradient_of_scale(x, y, z, grads, scale)
-        return *grads, *(None,) * (3 - len(grads)), dscale, *(None,) * 7
+        return backward_of(ctx, dout, dlse, gradients)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return _vmap.forward_rule(TransformedFlashAttention.apply, info, in_dims, arguments)
+
+
+def backward_of(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, gradients: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``FlashAttention``'s arguments; gradients: the function below, or one like it."""
+    if ctx.is_paged:
+        raise RuntimeError(
+            "block_table: attention to paged k and v has no gradients; call it under"
+            " torch.no_grad(), or with k and v that are not paged"
+        )
+    x, y, z, out, *others = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else maybe_contiguous(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    grads = gradients(dout, dlse, x, y, z, out, *others, ctx.statics)
+    scale, dscale = others[1], None
+    if scale is not None and ctx.needs_input_grad[3]:
+        dscale = gradient_of_scale(x, y, z, grads, scale)
+    return *grads, *(None,) * (3 - len(grads)), dscale, *(None,) * 7
 
 
 class TransformedFlashAttention(FlashAttention):
@@ -119,7 +126,7 @@ class FlashAttentionGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(_ONCE)
+        raise RuntimeError(ONCE)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -143,7 +150,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, *saved: Any) -> tuple[Tensor, .
     if not torch.compiler.is_compiling() and _transforms.are_at_work(saved[0]):
         return FlashAttentionGradients.apply(dout, dlse, *saved)
     if torch.is_grad_enabled():
-        raise RuntimeError(_ONCE)
+        raise RuntimeError(ONCE)
     return call_backward(dout, dlse, *saved)
 
 
@@ -305,7 +312,7 @@ def split_score(
     return numbers, scale, cap
 
 
-def _gradient_of_scale(
+def gradient_of_scale(
     x: Tensor, y: Tensor | None, z: Tensor | None, grads: tuple[Tensor, ...], scale: Tensor
 ) -> Tensor:
     """sum(q * dq) / scale: scores are scale * q.k, so that q * dscore/dq = scale * dscore/dscale."""

@@ -94,7 +94,7 @@ _CACHE = (
 _ROTARY = "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
 SCHEMAS = {
     "_flash_attn_forward": (
-        f"({_QKV}, {_OPTIONS}, bool return_softmax, *, Tensor? rng_state=None, {_NUMBERS})"
+        f"({_QKV}, {_OPTIONS}, bool return_softmax, Tensor? rng_state=None, {_NUMBERS})"
         f" -> {_FORWARD_RESULT}"
     ),
     "_flash_attn_varlen_forward": (
@@ -102,14 +102,14 @@ SCHEMAS = {
         " SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0.,"
         " Tensor? alibi_slopes=None, bool return_softmax=False, Tensor? block_table=None,"
         " Tensor? leftpad_k=None, Tensor? seqused_k=None, bool zero_tensors=False,"
-        f" SymInt num_splits=0, *, Tensor? rng_state=None, {_NUMBERS}) -> {_FORWARD_RESULT}"
+        f" SymInt num_splits=0, Tensor? rng_state=None, {_NUMBERS}) -> {_FORWARD_RESULT}"
     ),
     "_flash_attn_backward": (
         f"({_GRADIENTS_OF}, {_GRADIENTS}, {_BACKWARD_OPTIONS}, *, Tensor? dlse=None,"
         f" bool return_softmax_d=True, {_NUMBERS}) -> Tensor softmax_d"
     ),
     "_flash_attn_backward.functional": (
-        f"({_GRADIENTS_OF}, {_BACKWARD_OPTIONS}, *, Tensor? dlse=None, {_NUMBERS})"
+        f"({_GRADIENTS_OF}, {_BACKWARD_OPTIONS}, Tensor? dlse=None, {_NUMBERS})"
         " -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "_flash_attn_varlen_backward": (
@@ -117,7 +117,7 @@ SCHEMAS = {
         f" *, Tensor? dlse=None, bool return_softmax_d=True, {_NUMBERS}) -> Tensor softmax_d"
     ),
     "_flash_attn_varlen_backward.functional": (
-        f"({_GRADIENTS_OF}, {_LENGTHS}, {_BACKWARD_OPTIONS}, *, Tensor? dlse=None, {_NUMBERS})"
+        f"({_GRADIENTS_OF}, {_LENGTHS}, {_BACKWARD_OPTIONS}, Tensor? dlse=None, {_NUMBERS})"
         " -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "_flash_attn_kvcache": (
@@ -192,7 +192,7 @@ def _results_like(q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("flash_attn::_flash_attn_forward")
 def _forward_shapes(
-    q, k, v, dropout_p, scale, causal, left, right, cap, slopes, return_softmax, **_
+    q, k, v, dropout_p, scale, causal, left, right, cap, slopes, return_softmax, *_, **__
 ):
     shape = probabilities_shape(q, q.shape[0], q.shape[1], k.shape[1])
     return _forward_results(q, dropout_p, return_softmax, shape)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _ops, _upstream
+from flash_attn import _checks, _op_gradients, _ops, _upstream  # noqa: F401
 from flash_attn._arguments import Lengths
 from flash_attn._autograd import (
     attention,

@@ -48,26 +48,26 @@ CACHE = (
     "bool causal, SymInt window_size_left, SymInt window_size_right, float softcap, "
     "Tensor? alibi_slopes, SymInt num_splits"
 )
-# Upstream's arguments come first, ours behind the asterisk.
+# Upstream's arguments come first, ours after them, with defaults.
 SCHEMAS = {
-    "_flash_attn_forward": f"({QKV}, {SCORE}, bool return_softmax, *, Tensor? rng_state=None, "
+    "_flash_attn_forward": f"({QKV}, {SCORE}, bool return_softmax, Tensor? rng_state=None, "
     f"{NUMBERS}) -> {RESULTS}",
     "_flash_attn_varlen_forward": f"({QKV}, {LENGTHS}, float dropout_p, float softmax_scale, "
     "bool causal, SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0., "
     "Tensor? alibi_slopes=None, bool return_softmax=False, Tensor? block_table=None, "
     "Tensor? leftpad_k=None, Tensor? seqused_k=None, bool zero_tensors=False, "
-    f"SymInt num_splits=0, *, Tensor? rng_state=None, {NUMBERS}) -> {RESULTS}",
+    f"SymInt num_splits=0, Tensor? rng_state=None, {NUMBERS}) -> {RESULTS}",
     "_flash_attn_backward": f"({SAVED}, {INTO}, {SCORE}, bool deterministic, "
     f"Tensor? rng_state=None, *, Tensor? dlse=None, bool return_softmax_d=True, {NUMBERS}) "
     "-> Tensor softmax_d",
     "_flash_attn_backward.functional": f"({SAVED}, {SCORE}, bool deterministic, "
-    f"Tensor? rng_state=None, *, Tensor? dlse=None, {NUMBERS}) "
+    f"Tensor? rng_state=None, Tensor? dlse=None, {NUMBERS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     "_flash_attn_varlen_backward": f"({SAVED}, {INTO}, {LENGTHS}, {SCORE}, bool deterministic, "
     "Tensor? rng_state=None, bool zero_tensors=False, *, Tensor? dlse=None, "
     f"bool return_softmax_d=True, {NUMBERS}) -> Tensor softmax_d",
     "_flash_attn_varlen_backward.functional": f"({SAVED}, {LENGTHS}, {SCORE}, "
-    f"bool deterministic, Tensor? rng_state=None, *, Tensor? dlse=None, {NUMBERS}) "
+    f"bool deterministic, Tensor? rng_state=None, Tensor? dlse=None, {NUMBERS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     "_flash_attn_kvcache": f"(Tensor q, Tensor k_cache, Tensor v_cache, {CACHE}, *, {NUMBERS}) "
     "-> (Tensor out, Tensor softmax_lse)",
