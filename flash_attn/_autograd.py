@@ -168,10 +168,11 @@ def call_forward(
     statics: tuple,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator of a call: (out, softmax_lse, S_dmask, rng_state), without gradients."""
-    score, dropout_p, _, return_softmax, max_seqlen_q, max_seqlen_k = statics
+    score, dropout_p, deterministic, return_softmax, max_seqlen_q, max_seqlen_k = statics
     q, k, v = _unpack(x, y, z)
     options = dropout_p, *score, alibi_slopes, return_softmax
     ours = dict(rng_state=rng_state, softmax_scale_tensor=scale, softcap_tensor=softcap)
+    ours["deterministic"] = deterministic
     if cu_seqlens_q is None:
         return _ops.forward(q, k, v, *options, **ours)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -267,12 +268,13 @@ def _record(function: str, x: Tensor, y: Tensor | None, z: Tensor | None, *other
         if Statics(*others[-1]).dropout_p > 0:
             x = _transforms.with_randomness(function, x)
         return TransformedFlashAttention.apply(x, y, z, *others)
+    if torch.compiler.is_compiling() and z is not None:
+        # The operator's own derivative: torch.compile follows transforms through it, not through ours.
+        return call_forward(x, y, z, *others)
     tensors = x, y, z, others[0]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return call_forward(x, y, z, *others)
     # torch.compile refuses a Function that gets one tensor twice.
-    if z is not None and (y is x or z is y or z is x):
-        y, z = y.view_as(y), z.view_as(z)
     cu_seqlens_q, cu_seqlens_k = others[4:6]
     if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
         others = (*others[:5], cu_seqlens_k.view(-1), *others[6:])

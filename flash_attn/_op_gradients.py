@@ -119,9 +119,23 @@ def _forward(op: OpOverload, values: tuple) -> tuple[Tensor, ...]:
         return _OneLevel.apply(*arguments)
 
 
+class _OneLevelNoGradient(torch.autograd.function._SingleLevelFunction):
+    """``_NoGradient`` inside of the dispatcher, which has come to one of torch.func's transforms."""
+
+    @staticmethod
+    def forward(op, reason, *values):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*values)
+
+    setup_context = staticmethod(_NoGradient.setup_context)
+    backward = staticmethod(_NoGradient.backward)
+
+
 def _backward(op: OpOverload, values: tuple) -> tuple[Tensor, ...]:
-    call = _Call(op, values)
-    return _autograd.FlashAttentionGradients.apply(*call.values(_BACKWARD_TENSORS), call.statics)
+    if not _transforms.are_active():
+        return _NoGradient.apply(op, _autograd.ONCE, *values)
+    with enable_single_level_autograd_function():
+        return _OneLevelNoGradient.apply(op, _autograd.ONCE, *values)
 
 
 def _forward_rule(op: OpOverload, info: Any, in_dims: tuple, values: tuple) -> tuple:

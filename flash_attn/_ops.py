@@ -54,6 +54,8 @@ __all__ = [
 # exp(s - its row's maximum), the sign bit set where dropped, 0 where a query sees no key.  It is empty,
 # (0,), unless return_softmax and dropout_p > 0.
 #
+# deterministic: of the forward operators, what their gradient hands to the backward ones.
+#
 # Inputs may have any strides with a contiguous last dimension, and so may the dq, dk and dv that the
 # backward operators fill; outputs are contiguous.  A gradient that is None is not returned.  The form
 # "functional" returns the gradients instead: it is for transforms that cannot follow a change in place.
@@ -94,15 +96,16 @@ _CACHE = (
 _ROTARY = "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
 SCHEMAS = {
     "_flash_attn_forward": (
-        f"({_QKV}, {_OPTIONS}, bool return_softmax, Tensor? rng_state=None, {_NUMBERS})"
-        f" -> {_FORWARD_RESULT}"
+        f"({_QKV}, {_OPTIONS}, bool return_softmax, Tensor? rng_state=None, {_NUMBERS},"
+        f" bool deterministic=False) -> {_FORWARD_RESULT}"
     ),
     "_flash_attn_varlen_forward": (
         f"({_QKV}, {_LENGTHS}, float dropout_p, float softmax_scale, bool causal,"
         " SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0.,"
         " Tensor? alibi_slopes=None, bool return_softmax=False, Tensor? block_table=None,"
         " Tensor? leftpad_k=None, Tensor? seqused_k=None, bool zero_tensors=False,"
-        f" SymInt num_splits=0, Tensor? rng_state=None, {_NUMBERS}) -> {_FORWARD_RESULT}"
+        f" SymInt num_splits=0, Tensor? rng_state=None, {_NUMBERS}, bool deterministic=False)"
+        f" -> {_FORWARD_RESULT}"
     ),
     "_flash_attn_backward": (
         f"({_GRADIENTS_OF}, {_GRADIENTS}, {_BACKWARD_OPTIONS}, *, Tensor? dlse=None,"

@@ -51,12 +51,13 @@ CACHE = (
 # Upstream's arguments come first, ours after them, with defaults.
 SCHEMAS = {
     "_flash_attn_forward": f"({QKV}, {SCORE}, bool return_softmax, Tensor? rng_state=None, "
-    f"{NUMBERS}) -> {RESULTS}",
+    f"{NUMBERS}, bool deterministic=False) -> {RESULTS}",
     "_flash_attn_varlen_forward": f"({QKV}, {LENGTHS}, float dropout_p, float softmax_scale, "
     "bool causal, SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0., "
     "Tensor? alibi_slopes=None, bool return_softmax=False, Tensor? block_table=None, "
     "Tensor? leftpad_k=None, Tensor? seqused_k=None, bool zero_tensors=False, "
-    f"SymInt num_splits=0, Tensor? rng_state=None, {NUMBERS}) -> {RESULTS}",
+    f"SymInt num_splits=0, Tensor? rng_state=None, {NUMBERS}, "
+    f"bool deterministic=False) -> {RESULTS}",
     "_flash_attn_backward": f"({SAVED}, {INTO}, {SCORE}, bool deterministic, "
     f"Tensor? rng_state=None, *, Tensor? dlse=None, bool return_softmax_d=True, {NUMBERS}) "
     "-> Tensor softmax_d",

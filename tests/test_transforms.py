@@ -482,6 +482,72 @@ def test_tensors_that_are_no_number_are_refused(device: str) -> None:
             flash_attn_qkvpacked_func(qkv, softcap=wrong)
 
 
+# torch.compile, and the operators themselves.
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4]], ids=str)
+@pytest.mark.parametrize("transform", ["grad", "vmap_of_grad", "grad_of_vmap"])
+def test_compiled_transforms(device: str, form: Form, transform: str) -> None:
+    """torch.compile traces past the autograd functions, and comes to the operators."""
+    torch._dynamo.reset()
+    qkv, loss = make_qkv(device, EXAMPLES), loss_of(form, **PLAIN)
+    function = dict(
+        grad=lambda x: torch.stack([grad(loss)(t) for t in x]),
+        vmap_of_grad=vmap(grad(loss)),
+        grad_of_vmap=grad(lambda x: vmap(loss)(x).sum()),
+    )[transform]
+    assert_close(torch.compile(function, backend="aot_eager")(qkv), loop_gradient(loss, qkv))
+
+
+def operator_loss(qkv: Tensor, **changes: Any) -> Tensor:
+    """A loss of the operator's out and softmax_lse."""
+    options = dict(
+        dropout_p=0.0, softmax_scale=0.3, causal=True, window_size_left=-1, window_size_right=-1,
+        softcap=0.0, alibi_slopes=None, return_softmax=False,
+    )  # fmt: skip
+    q, k, v = qkv.unbind(2)
+    out, lse, *_ = torch.ops.flash_attn._flash_attn_forward(q, k, v, **(options | changes))
+    return out.float().square().sum() + lse.sin().sum()
+
+
+def public_loss(qkv: Tensor, **options: Any) -> Tensor:
+    q, k, v = qkv.unbind(2)
+    out, lse, _ = flash_attn_func(q, k, v, softmax_scale=0.3, return_attn_probs=True, **options)
+    return out.float().square().sum() + lse.sin().sum()
+
+
+def test_operators_have_the_functions_derivatives(device: str) -> None:
+    qkv = make_qkv(device, EXAMPLES)
+    want = loop_gradient(lambda x: public_loss(x, causal=True), qkv)
+    assert_close(loop_gradient(operator_loss, qkv), want)
+    assert_close(vmap(grad(operator_loss))(qkv), want)
+    assert_close(grad(lambda x: vmap(operator_loss)(x).sum())(qkv), want)
+    scale = torch.tensor(0.3, device=device, requires_grad=True)
+    operator_loss(qkv[0], softmax_scale=9.0, softmax_scale_tensor=scale).backward()
+    assert scale.grad.abs() > 0
+
+
+def test_what_operators_cannot_differentiate_is_an_error(device: str) -> None:
+    qkv = make_qkv(device)
+    softcap = torch.tensor(3.0, requires_grad=True)
+    with pytest.raises(RuntimeError, match="softcap_tensor has no gradient"):
+        operator_loss(qkv, softcap_tensor=softcap)
+    with pytest.raises(RuntimeError, match="_flash_attn_forward: dropout_p.*randomness"):
+        vmap(lambda x: operator_loss(x, dropout_p=0.2))(qkv[None])
+    with pytest.raises(RuntimeError, match="flash_attn .*once, not twice"):
+        grad(lambda x: grad(operator_loss)(x).float().square().sum())(qkv)
+    with pytest.raises(NotImplementedError, match="_flash_attn_forward has no forward-mode"):
+        jvp(operator_loss, (qkv,), (qkv,))
+    cu, longest = lengths_of(qkv)
+    leaves = [t.clone().requires_grad_() for t in qkv.flatten(0, 1).unbind(1)]
+    used = torch.zeros(3, dtype=torch.int32, device=device)
+    out, *_ = torch.ops.flash_attn._flash_attn_varlen_forward(
+        *leaves, cu, cu, longest, longest, 0.0, 1.0, False, seqused_k=used
+    )
+    with pytest.raises(RuntimeError, match="no gradients with seqused_k"):
+        out.sum().backward()
+
+
 # What has no derivative says so.
 
 

@@ -102,7 +102,7 @@ Tensors fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_,
               "return_softmax is only supported when p_dropout > 0.0");
   auto [out, lse, probs, rng_state] =
       flash::flash_attn_forward(q, k, v, p_dropout, softmax_scale, causal, left, right, softcap,
-                                alibi_slopes, return_softmax, {}, {}, {});
+                                alibi_slopes, return_softmax, {}, {}, {}, false);
   if (out_) { out_->copy_(out); }
   return {out_ ? *out_ : out, lse, probs, two_numbers(rng_state)};
 }
@@ -121,7 +121,7 @@ Tensors varlen_fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_
   auto [out, lse, probs, rng_state] = flash::flash_attn_varlen_forward(
       q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout, softmax_scale,
       causal, left, right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k, seqused_k,
-      zero_tensors, num_splits, {}, {}, {});
+      zero_tensors, num_splits, {}, {}, {}, false);
   if (out_) { out_->copy_(out); }
   return {out_ ? *out_ : out, lse, probs, two_numbers(rng_state)};
 }

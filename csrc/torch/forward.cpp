@@ -53,7 +53,7 @@ ForwardResults flash_attn_forward(at::Tensor const& q, at::Tensor const& k, at::
                                   OptionalTensor const& alibi_slopes, bool return_softmax,
                                   OptionalTensor const& rng_state,
                                   OptionalTensor const& softmax_scale_tensor,
-                                  OptionalTensor const& softcap_tensor) {
+                                  OptionalTensor const& softcap_tensor, bool /*deterministic*/) {
   check_qkv(q, k, v, 4);
   at::Tensor const state     = rng_state_of(q, q.size(0), dropout_p, rng_state);
   OptionalTensor const drawn = state;
@@ -78,7 +78,7 @@ ForwardResults flash_attn_varlen_forward(
     OptionalTensor const& alibi_slopes, bool return_softmax, OptionalTensor const& block_table,
     OptionalTensor const& leftpad_k, OptionalTensor const& seqused_k, bool /*zero_tensors*/,
     int64_t num_splits, OptionalTensor const& rng_state, OptionalTensor const& softmax_scale_tensor,
-    OptionalTensor const& softcap_tensor) {
+    OptionalTensor const& softcap_tensor, bool /*deterministic*/) {
   bool const wants_probs = return_softmax && dropout_p > 0;
   TORCH_CHECK(!wants_probs || !(seqused_k || leftpad_k || block_table),
               "return_softmax: S_dmask is not available with seqused_k, leftpad_k or block_table");

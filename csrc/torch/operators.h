@@ -19,7 +19,7 @@ ForwardResults flash_attn_forward(at::Tensor const& q, at::Tensor const& k, at::
                                   OptionalTensor const& alibi_slopes, bool return_softmax,
                                   OptionalTensor const& rng_state,
                                   OptionalTensor const& softmax_scale_tensor,
-                                  OptionalTensor const& softcap_tensor);
+                                  OptionalTensor const& softcap_tensor, bool deterministic);
 
 ForwardResults flash_attn_varlen_forward(
     at::Tensor const& q, at::Tensor const& k, at::Tensor const& v, at::Tensor const& cu_seqlens_q,
@@ -28,7 +28,7 @@ ForwardResults flash_attn_varlen_forward(
     OptionalTensor const& alibi_slopes, bool return_softmax, OptionalTensor const& block_table,
     OptionalTensor const& leftpad_k, OptionalTensor const& seqused_k, bool zero_tensors,
     int64_t num_splits, OptionalTensor const& rng_state, OptionalTensor const& softmax_scale_tensor,
-    OptionalTensor const& softcap_tensor);
+    OptionalTensor const& softcap_tensor, bool deterministic);
 
 at::Tensor flash_attn_backward(
     at::Tensor const& dout, at::Tensor const& q, at::Tensor const& k, at::Tensor const& v,

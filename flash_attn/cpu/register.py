@@ -106,7 +106,7 @@ def _check_probabilities(lengths: Lengths) -> None:
 
 def _forward_dense(
     q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, return_softmax,
-    rng_state=None, softmax_scale_tensor=None, softcap_tensor=None,
+    rng_state=None, softmax_scale_tensor=None, softcap_tensor=None, deterministic=False,
 ):  # fmt: skip
     options = _options(
         *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),
@@ -119,7 +119,7 @@ def _forward_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
     causal, left=-1, right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
     block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0,
-    rng_state=None, softmax_scale_tensor=None, softcap_tensor=None,
+    rng_state=None, softmax_scale_tensor=None, softcap_tensor=None, deterministic=False,
 ):  # fmt: skip
     options = _options(
         *(dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes),

@@ -70,9 +70,10 @@ ForwardResults call_forward(at::Tensor const& q, at::Tensor const& k, at::Tensor
              ? varlen.call(q, k, v, lengths->cu_seqlens_q, lengths->cu_seqlens_k,
                            lengths->max_seqlen_q, lengths->max_seqlen_k, o.dropout_p,
                            o.softmax_scale, o.causal, o.window_left, o.window_right, o.softcap,
-                           o.alibi_slopes, false, {}, {}, {}, false, 0, o.rng_state, {}, {})
+                           o.alibi_slopes, false, {}, {}, {}, false, 0, o.rng_state, {}, {}, false)
              : dense.call(q, k, v, o.dropout_p, o.softmax_scale, o.causal, o.window_left,
-                          o.window_right, o.softcap, o.alibi_slopes, false, o.rng_state, {}, {});
+                          o.window_right, o.softcap, o.alibi_slopes, false, o.rng_state, {}, {},
+                          false);
 }
 
 // flash_attn/_autograd.py's backward pass, for gradients that are no plain tensors.
