@@ -147,8 +147,9 @@ struct BwdMainloop {
         gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(mma_sdp, tSrS, sK, sQ, lane);
         int const row0 = m_block * kBlockM + sub * kSubM;
         if constexpr (changes_scores(kLevel)) {
-          modify_scores<kLevel, true, typename Traits::MmaSdp, TileSdp>(
-              mod_of_head(), tSrS, row0, first_key, see_now().shift(), lane);
+          ScoreMod const mod = mod_of_head();
+          modify_scores<kLevel, true, typename Traits::MmaSdp, TileSdp>(mod, tSrS, row0, first_key,
+                                                                        see_now().shift(), lane);
         }
         auto scores            = rows_of(tSrS);
         constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
