@@ -116,7 +116,7 @@ def _forward(op: OpOverload, values: tuple) -> tuple[Tensor, ...]:
     if not _transforms.are_active():
         return _autograd.FlashAttention.apply(*arguments)
     with enable_single_level_autograd_function():
-        return _OneLevel.apply(*arguments)
+        return _OneLevel.apply(*arguments)  # type: ignore[attr-defined]  # of a base in C
 
 
 class _OneLevelNoGradient(torch.autograd.function._SingleLevelFunction):

@@ -66,7 +66,8 @@ def check_rows(x: Tensor, name: str, q: Tensor) -> None:
     dtype = compute_dtype(q)
     if x.dtype != dtype:
         raise RuntimeError(f"{name}: must have dtype {str(dtype)[6:]}; got {_dtype(x)}")
-    meaning, shape = "(heads, total_q)", (q.shape[-2], q.shape[-3])
+    shape: tuple[int, ...] = (q.shape[-2], q.shape[-3])
+    meaning = "(heads, total_q)"
     if q.dim() == 4:
         meaning, shape = "(batch, heads, seqlen_q)", (q.shape[0], *shape)
     if x.shape != shape:
@@ -302,7 +303,7 @@ def check_new_rows(
     rotary_sin: Tensor | None,
 ) -> None:
     """k, v (batch, seqlen_new, heads_k, head_dim), or (total_q, heads_k, head_dim), and tables."""
-    rows = q.shape[:-2]
+    rows: tuple[int, ...] = q.shape[:-2]
     if q.dim() == 4:
         rows = (q.shape[0], k.shape[1] if k.dim() > 1 else 0)
     shape = (*rows, k_cache.shape[2], q.shape[-1])
@@ -310,7 +311,8 @@ def check_new_rows(
     check_like(v, "v", q, shape)
     if rotary_cos is None:
         return
-    _check(rotary_sin is not None, "rotary_sin: must be given with rotary_cos")
+    if rotary_sin is None:
+        raise RuntimeError("rotary_sin: must be given with rotary_cos")
     if rotary_cos.dim() != 2 or rotary_cos.shape[0] == 0:
         raise RuntimeError(
             "rotary_cos: must have shape (positions, rotary_dim / 2); got"
