@@ -203,7 +203,9 @@ def call_backward(
         lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     options = *lengths, dropout_p, *score, alibi_slopes, deterministic, rng_state
     ours = dict(dlse=dlse, softmax_scale_tensor=scale, softcap_tensor=softcap)
-    if _is_batched_by_autograd(dout) or _is_batched_by_autograd(dlse):
+    # The CPU has new tensors to return; those of x, y and z are filled where q, k and v are parts.
+    returns_new = x.device.type == "cpu" and z is not None and not torch.compiler.is_compiling()
+    if returns_new or _is_batched_by_autograd(dout) or _is_batched_by_autograd(dlse):
         functional = _ops.varlen_backward_functional if lengths else _ops.backward_functional
         return _pack(x, y, z, functional(*inputs, *options, **ours))
     grads = tuple(t.new_empty(t.shape) for t in (x, y, z) if t is not None)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import AttnCase, Mask, generator, make_inputs, randn
-from oracle import attention_oracle, attention_peer
+from oracle import assert_same_specials, attention_oracle, attention_peer
 from test_api import run_python
 
 from flash_attn import (
@@ -226,6 +226,28 @@ def test_what_a_mask_hides_may_hold_anything(name: str, value: float, dtype: str
         error = (ours[:, rows].double() - want[:, rows].double()).abs().max()
         assert error <= 4 * torch.finfo(want.dtype).eps * want.abs().max(), result
     assert not all(t.isfinite().all() for t in broken)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("seqlen_k", [1, 2, 5, 15, 17, 40, 300, 513, 1040])
+def test_nan_and_inf_that_are_seen_show(seqlen_k: int, dtype: str, causal: bool) -> None:
+    """As the definition has it, in out and LSE, wherever they are among the blocks of keys."""
+    seqlen_q = seqlen_k if causal else 3
+    mask = Mask.causal if causal else Mask.none
+    case = AttnCase(seqlen_q, seqlen_k, (2, 2), 16, mask, dtype)
+    for name, value in itertools.product("qk", (math.nan, math.inf, -math.inf)):
+        for row in {0, seqlen_k // 2, seqlen_k - 1}:
+            x = make_inputs(case, "cpu")
+            broken = getattr(x, name)
+            broken[0, row % broken.shape[1], 1] = value * torch.ones(16)
+            if not math.isnan(value):  # scores of inf or -inf, not of inf - inf
+                x.q.abs_()
+                x.k.abs_().neg_()
+            out, lse, _ = flash_attn_func(x.q, x.k, x.v, causal=causal, return_attn_probs=True)
+            want = attention_oracle(x.q, x.k, x.v, scale=case.scale, causal=causal)
+            for ours, expected in ((out, want.out), (lse, want.lse)):
+                assert_same_specials(name, ours, expected, (case, value, row))
 
 
 def test_a_sum_that_overflows_is_no_inf() -> None:

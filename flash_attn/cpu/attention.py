@@ -40,14 +40,15 @@ def attention_forward(
     sequences: (batch,), the numbers of the batch entries among all sequences, for slopes and
     dropout; None: 0, 1, ...
     """
-    scores, heads_k = Scores.of(q, k, options, sequences), k.shape[2]
-    if not torch_kernel.serves(scores, q, k):
+    heads_k, is_causal = k.shape[2], torch_kernel.mask_of(q, k, options)
+    if is_causal is None:
+        scores = Scores.of(q, k, options, sequences)
         outs, lses = _forward(*(_by_key_head(x, heads_k) for x in (q, k, v)), scores)
         return _like(outs, q), own(lses.view(q.shape[0], q.shape[2], q.shape[1]))
-    out, lse, wrong = torch_kernel.forward(q, k, v, scores)
+    out, lse, wrong = torch_kernel.forward(q, k, v, is_causal, options.softmax_scale)
     if wrong is not None:
         parts = (_by_key_head(x, heads_k)[wrong] for x in (q, k, v))
-        outs, lses = _forward(*parts, scores.part(wrong))
+        outs, lses = _forward(*parts, Scores.of(q, k, options, sequences).part(wrong))
         _replace(out, heads_k, wrong, outs)
         _replace(lse.mT.unsqueeze(-1), heads_k, wrong, lses.unsqueeze(-1))
     return out, lse
@@ -110,19 +111,21 @@ def attention_backward(
     With dP = D * dO V^T, the gradient of S is dS = P * (dP - delta), where
     delta = rowsum(dO * O) - dlse, and dV = (D * P)^T dO.  Every sum has a fixed order.
     """
-    scores, heads_k = Scores.of(q, k, options, sequences), k.shape[2]
+    heads_k, is_causal = k.shape[2], torch_kernel.mask_of(q, k, options)
     rows = (
         x if x is None else x.mT.unsqueeze(-1) for x in (lse, dlse)
     )  # (batch, seqlen_q, heads_q, 1)
     tensors = dout, q, k, v, out, *rows
-    if dlse is not None or not torch_kernel.serves(scores, q, k):
+    if dlse is not None or is_causal is None:
+        scores = Scores.of(q, k, options, sequences)
         parts = (x if x is None else _by_key_head(x, heads_k) for x in tensors)
         dqs, dks, dvs = _backward(*parts, scores)
         return _like(dqs, q), _like(dks, k), _like(dvs, v)
-    grads, wrong = torch_kernel.backward(dout, q, k, v, out, lse, scores)
+    grads, wrong = torch_kernel.backward(dout, q, k, v, out, lse, is_causal, options.softmax_scale)
     if wrong is not None:
         parts = (x if x is None else _by_key_head(x, heads_k)[wrong] for x in tensors)
-        for grad, values in zip(grads, _backward(*parts, scores.part(wrong))):
+        scores = Scores.of(q, k, options, sequences).part(wrong)
+        for grad, values in zip(grads, _backward(*parts, scores)):
             _replace(grad, heads_k, wrong, values)
     return grads
 

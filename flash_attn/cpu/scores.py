@@ -126,13 +126,12 @@ class Scores:
                 f"rng_state: dropout_p = {options.dropout_p} needs the (seed, offset) that the"
                 " forward pass used; got None"
             )
-        keeps_all = philox.kept_values(options.dropout_p) == philox.ALL_KEPT
         return cls(
             Visibility.of(q.shape[1], k.shape[1], options),
             options.softmax_scale,
             options.softcap,
             slopes,
-            0.0 if keeps_all else options.dropout_p,
+            0.0 if keeps_all(options) else options.dropout_p,
             options.rng_state,
             (sequences[:, None] * heads_q + arange(heads_q)).view(by_key_head),
         )
@@ -141,11 +140,6 @@ class Scores:
         """The same for some of the key heads, which may be given by their numbers."""
         slopes = None if self.slopes is None else self.slopes[part]
         return replace(self, slopes=slopes, heads=self.heads[part])
-
-    @property
-    def are_plain(self) -> bool:
-        """Whether scores are q k^T as it is, and all weights are kept."""
-        return self.softcap == 0 and self.slopes is None and self.dropout_p == 0
 
     @property
     def dropout_scale(self) -> float:
@@ -180,6 +174,16 @@ class Scores:
             return None
         keep = philox.keep_mask(self.rng_state, self.dropout_p, self.heads.flatten(), rows, cols)
         return keep.unflatten(0, self.heads.shape).flatten(1, 2)
+
+
+def keeps_all(options: Options) -> bool:
+    """Whether dropout keeps every weight."""
+    return philox.kept_values(options.dropout_p) == philox.ALL_KEPT
+
+
+def are_plain(options: Options) -> bool:
+    """Whether scores are q k^T as it is, and all weights are kept."""
+    return options.softcap == 0 and options.alibi_slopes is None and keeps_all(options)
 
 
 def arange(*bounds: int) -> Tensor:

@@ -6,15 +6,13 @@ hidden scores, -inf, are multiplied by the scale, which must be positive; and hi
 gradients are multiplied by 0, so that an inf or NaN among them shows as NaN in the result.
 
 Heads with such inputs are computed again by the exact path; the others keep their results, bit by bit.
-Looking for them costs a sum of each tensor that is looked at:
+They are found by sums of the results, which cost little beside them:
 
-- Before the forward pass, of q and k.  The kernel takes the maximum of a row with comparisons, which
-  a NaN may pass unseen: the row would be finite and wrong.
-- After it, of out.  A hidden value that is not finite leaves NaN there: 0 times it.
-- After the backward pass, of the gradients.  It has no maximum, and each of dout, q, k, v, out and lse
-  is a factor of what is summed up: one that is not finite shows, unless its weight was hidden.
+- Under a mask an inf or NaN that is hidden leaves NaN in out, and in a gradient: 0 times it.
+- A row whose every score is -inf, or NaN among fewer keys than a vector register has room for, is taken
+  for one without keys: finite, and wrong.  Its lse is exactly 0.
 
-Without a mask nothing is hidden, and what is not finite is as it should be.
+What else is not finite and not hidden is as it should be: out, lse and the gradients are NaN there.
 """
 
 import functools
@@ -23,38 +21,50 @@ import math
 import torch
 from torch import Tensor
 
-from flash_attn.cpu.scores import Scores, compute_dtype, own
+from flash_attn._arguments import Options
+from flash_attn.cpu.scores import Visibility, are_plain, compute_dtype, own
 
 # In bf16 the kernel's exponential is off by up to 6e-5, which is then the error of an lse of few keys;
 # with so many keys the lse is large enough for its bound, 1e-5 * (1 + the largest).
 BF16_LEAST_KEYS = 256
 
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-def serves(scores: Scores, q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel means the same, for finite inputs."""
-    if q.numel() == 0 or k.numel() == 0 or not scores.are_plain:
+
+def mask_of(q: Tensor, k: Tensor, options: Options) -> bool | None:
+    """The kernel's ``is_causal``, with which it means the same for finite inputs; None: it does not."""
+    if q.numel() == 0 or k.numel() == 0 or not are_plain(options):
+        return None
+    see = Visibility.of(q.shape[1], k.shape[1], options)
+    if see.is_full:
         return False
-    return scores.see.is_full or (scores.see.is_square_causal and scores.softmax_scale > 0)
+    return True if see.is_square_causal and options.softmax_scale > 0 else None
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scores: Scores
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out and lse; which key heads, batch * heads_k + head_k, are to be replaced; None: none."""
-    heads_k = k.shape[2]
-    broken = [_broken(x, heads_k) for x in (q, k)]
-    inputs = [_heads_first(x, _forward_dtype(q, k)) for x in (q, k, v)]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
-        *inputs, 0.0, not scores.see.is_full, scale=scores.softmax_scale
-    )
-    out = own(out.transpose(1, 2).to(q.dtype).contiguous())
-    if not scores.see.is_full:
-        broken.append(_broken(out, heads_k))
-    return out, own(lse.contiguous()), _numbers(broken)
+    heads_k, dtype = k.shape[2], _forward_dtype(q, k)
+    inputs = [_heads_first(x, dtype) for x in (q, k, v)]
+    out, lse = _forward(*inputs, 0.0, is_causal, scale=scale)
+    out, lse = own(out.transpose(1, 2).to(q.dtype).contiguous()), own(lse.contiguous())
+    broken = [_broken(out, heads_k)] if is_causal else []
+    if not lse.all():
+        broken += [_broken(x, heads_k) for x in (q, k)]
+    return out, lse, _numbers(broken)
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     """(dq, dk, dv), and which key heads are to be replaced, as ``forward`` says it.
 
@@ -63,11 +73,9 @@ def backward(
     it is hardly faster than fp32, or slower.
     """
     inputs = [_heads_first(x, compute_dtype(q)) for x in (dout, q, k, v, out)]
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-        *inputs, lse.contiguous(), 0.0, not scores.see.is_full, scale=scores.softmax_scale
-    )
+    grads = _backward(*inputs, lse.contiguous(), 0.0, is_causal, scale=scale)
     dq, dk, dv = (own(grad.transpose(1, 2).to(q.dtype).contiguous()) for grad in grads)
-    broken = [] if scores.see.is_full else [_broken(grad, k.shape[2]) for grad in (dq, dk, dv)]
+    broken = [_broken(grad, k.shape[2]) for grad in (dq, dk, dv)] if is_causal else []
     return (dq, dk, dv), _numbers(broken)
 
 
@@ -75,10 +83,11 @@ def _broken(x: Tensor, heads_k: int) -> Tensor | None:
     """Which key heads of x (batch, seqlen, heads, head_dim) have an inf or NaN; None, where one look tells:
     no one has.
 
-    A sum is much faster than ``isfinite``, and along the sequence as fast in any layout.  It is finite
-    only if all of x is; a sum that overflows takes the second look.
+    A sum is much faster than ``isfinite``; without gaps in memory in one go, else along the sequence.
+    It is finite only if all of x is; a sum that overflows takes the second look.
     """
-    if math.isfinite(x.sum(1).sum().item()):
+    total = x.sum() if x.is_contiguous() else x.sum(1).sum()
+    if math.isfinite(total.item()):
         return None
     is_finite = x.isfinite().all(-1).all(1)  # (batch, heads)
     return ~is_finite.unflatten(1, (heads_k, -1)).all(-1)
