@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flash_attn._checks import resolve_integer
@@ -81,7 +82,10 @@ def apply_rotary(
     if not inplace and rotary_dim < x.shape[-1]:
         out[..., rotary_dim:].copy_(x[..., rotary_dim:])
     if x.numel() > 0 and rotary_dim > 0:
-        rotate = _rotate_triton if x.is_cuda and triton is not None else _rotate_torch
+        # The mapped gradients of torch.autograd.grad(is_grads_batched=True) have no memory to point at.
+        is_mapped = is_legacy_batchedtensor(x)
+        is_kernel = x.is_cuda and triton is not None and not is_mapped
+        rotate = _rotate_triton if is_kernel else _rotate_torch
         rotate(
             out, x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, bool(interleaved), conjugate
         )
