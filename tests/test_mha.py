@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_attn import flash_attn_kvpacked_func
 from flash_attn.modules import mha
 from flash_attn.modules.mha import MHA, InferenceParams, get_alibi_slopes
 
@@ -305,7 +306,7 @@ def stand_in(
         k_cache[b, begin:end], v_cache[b, begin:end] = k[b], v[b]
         entry = (x[b : b + 1] for x in (q, k_cache[:, :end], v_cache[:, :end]))
         outs.append(
-            mha.flash_attn_kvpacked_func(
+            flash_attn_kvpacked_func(
                 next(entry),
                 torch.stack(list(entry), 2),
                 softmax_scale=softmax_scale,

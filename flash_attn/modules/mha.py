@@ -1,7 +1,5 @@
 """Multi-head attention as a ready layer: projections, rotary embedding, attention, KV cache."""
 
-import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,47 +8,27 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attn._checks_decode import CACHE_VECTOR
 from flash_attn.bert_padding import pad_input, unpad_input
-from flash_attn.flash_attn_interface import (
-    flash_attn_kvpacked_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
-)
+from flash_attn.flash_attn_interface import flash_attn_with_kvcache
 from flash_attn.layers.rotary import RotaryEmbedding
+from flash_attn.modules.attention import (
+    CrossAttention,
+    FlashCrossAttention,
+    FlashSelfAttention,
+    SelfAttention,
+    get_alibi_slopes,
+    shared_option,
+)
+from flash_attn.modules.inference_params import InferenceParams
 
-__all__ = ["MHA", "InferenceParams", "get_alibi_slopes"]
-
-
-@dataclass
-class InferenceParams:
-    """Where generation stands.  ``MHA`` reads it and keeps its keys and values in it.
-
-    ``MHA`` takes any object with these fields.
-    """
-
-    max_seqlen: int  # positions that a cache holds
-    max_batch_size: int
-    seqlen_offset: int = 0  # tokens in the cache already; the caller counts it up
-    batch_size_offset: int = 0  # this call's batch starts at this entry of the cache
-    key_value_memory_dict: dict[int, Tensor] = field(default_factory=dict)  # by layer_idx
-    lengths_per_sample: Tensor | None = None  # (max_batch_size,), int32, where lengths differ
-
-    def reset(self, max_seqlen: int, max_batch_size: int) -> None:
-        """Starts new sequences in the same memory."""
-        self.max_seqlen = max_seqlen
-        self.max_batch_size = max_batch_size
-        self.seqlen_offset = 0
-        if self.lengths_per_sample is not None:
-            self.lengths_per_sample.zero_()
-
-
-def get_alibi_slopes(nheads: int) -> list[float]:
-    """The slopes of ALiBi (arXiv 2108.12409) for nheads heads, a power of two or not."""
-    power = 2 ** int(math.log2(nheads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    # The others lie between those of a power of two, as every second one of twice as many heads.
-    return slopes + [2 ** (-4 * (2 * i + 1) / power) for i in range(nheads - power)]
+__all__ = [
+    "MHA",
+    "CrossAttention",
+    "FlashCrossAttention",
+    "FlashSelfAttention",
+    "InferenceParams",
+    "SelfAttention",
+    "get_alibi_slopes",
+]
 
 
 class MHA(nn.Module):
@@ -76,15 +54,27 @@ class MHA(nn.Module):
         rotary_emb_base, rotary_emb_scale_base, rotary_emb_interleaved: as of ``RotaryEmbedding``.
         use_alibi: linear biases with the slopes of ``get_alibi_slopes``.
         window_size: (left, right) of a sliding window; -1: no limit.
-        fused_bias_fc, use_flash_attn: taken for compatibility; they change nothing.
+        fused_bias_fc, use_flash_attn: taken for compatibility; they change nothing.  Attention is
+            flash_attn's either way.
         return_residual: return the input too: (output, x).
         checkpointing: in training, compute attention again in the backward pass instead of keeping
             what it needs.
         device, dtype: of the parameters.
 
+    Attributes:
+        inner_attn, inner_cross_attn: ``FlashSelfAttention`` and ``FlashCrossAttention``: attention
+            runs through them, to packed qkv, and to kv (grouped heads, a cache, cross-attention).
+            causal, softmax_scale, window_size, alibi_slopes and dropout are those of both.
+
     Raises:
         ValueError: arguments that do not fit together.
     """
+
+    dropout = shared_option("dropout", "Of the attention weights, in training mode.")
+    causal = shared_option("causal", "Whether tokens do not see those after them.")
+    softmax_scale = shared_option("softmax_scale", "Factor of q k^T; None: head_dim ** -0.5.")
+    window_size = shared_option("window_size", "(left, right); -1: no limit.")
+    alibi_slopes = shared_option("alibi_slopes", "(num_heads,), fp32, or None.  It is no buffer.")
 
     def __init__(
         self,
@@ -129,12 +119,10 @@ class MHA(nn.Module):
         self.num_heads_kv = num_heads_kv
         self.head_dim = embed_dim // num_heads
         self.cross_attn = cross_attn
-        self.dropout = dropout
-        self.softmax_scale = softmax_scale
-        self.causal = causal
         self.layer_idx = layer_idx
         self.rotary_emb_dim = rotary_emb_dim
-        self.window_size = window_size
+        self.use_alibi = use_alibi
+        self.use_flash_attn = use_flash_attn
         self.return_residual = return_residual
         self.checkpointing = checkpointing
         if rotary_emb_dim > self.head_dim:
@@ -152,17 +140,12 @@ class MHA(nn.Module):
             self.Wqkv = nn.Linear(embed_dim, embed_dim + kv_dim, bias=qkv_proj_bias, **factory)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=out_proj_bias, **factory)
         if rotary_emb_dim > 0:
-            self.rotary_emb = RotaryEmbedding(
-                rotary_emb_dim,
-                base=rotary_emb_base,
-                interleaved=rotary_emb_interleaved,
-                scale_base=rotary_emb_scale_base,
-                device=device,
-            )
-        slopes = None
-        if use_alibi:
-            slopes = torch.tensor(get_alibi_slopes(num_heads), device=device, dtype=torch.float32)
-        self.register_buffer("alibi_slopes", slopes, persistent=False)
+            rotary = rotary_emb_base, rotary_emb_interleaved, rotary_emb_scale_base
+            self.rotary_emb = RotaryEmbedding(rotary_emb_dim, *rotary, device=device)
+        slopes = get_alibi_slopes(num_heads) if use_alibi else None
+        options = causal, softmax_scale, dropout, window_size, slopes
+        self.inner_attn = FlashSelfAttention(*options).to(device)
+        self.inner_cross_attn = FlashCrossAttention(*options).to(device)
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
@@ -296,17 +279,11 @@ class MHA(nn.Module):
             q, kv = self.rotary_emb(
                 q, kv, max_seqlen=longest, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k
             )
-        if key_padding_mask is None:
-            return self._checkpointed(
-                self._attend_q_kv, q, kv, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k
-            )
-        batch, seqlen = q.shape[:2]
-        cu_seqlens = seqlen * torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-        kv, _, cu_seqlens_k, max_seqlen_k, _ = unpad_input(kv, key_padding_mask)
-        out = self._checkpointed(
-            self._attend_q_kv, q.flatten(0, 1), kv, cu_seqlens, cu_seqlens_k, seqlen, max_seqlen_k
-        )
-        return out.unflatten(0, (batch, seqlen))
+        attend = self.inner_cross_attn
+        if key_padding_mask is not None:
+            return self._checkpointed(attend.attend_to_padded, q, kv, key_padding_mask)
+        lengths = cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k
+        return self._checkpointed(attend, q, kv, None, *lengths)
 
     def _cached_attention(self, qkv: Tensor, inference_params: InferenceParams) -> Tensor:
         """(batch, seqlen, num_heads, head_dim); the keys and values of qkv go to the cache."""
@@ -332,16 +309,12 @@ class MHA(nn.Module):
             )
 
         if self.rotary_emb_dim > 0:
-            qkv = self.rotary_emb(
-                qkv,
-                seqlen_offset=offset,
-                max_seqlen=cache.shape[1],
-                num_heads_q=self.num_heads,
-            )
+            positions = dict(seqlen_offset=offset, max_seqlen=cache.shape[1])
+            qkv = self.rotary_emb(qkv, num_heads_q=self.num_heads, **positions)
         if is_first:
             q, kv = self._split(qkv)
             cache[:, :seqlen, ..., : self.head_dim] = kv.detach()
-            return self._attend_q_kv(q, kv, None, None, None, None)
+            return self.inner_cross_attn(q, kv)
         q, k, v = qkv.split((self.num_heads, self.num_heads_kv, self.num_heads_kv), dim=2)
         return flash_attn_with_kvcache(
             q,
@@ -353,7 +326,7 @@ class MHA(nn.Module):
             softmax_scale=self.softmax_scale,
             causal=self.causal,
             window_size=self.window_size,
-            alibi_slopes=self.alibi_slopes,
+            alibi_slopes=self.inner_cross_attn._constant("alibi_slopes", q.device),
         )
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,29 +339,9 @@ class MHA(nn.Module):
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
 
-    def _options(self) -> dict[str, Any]:
-        return dict(
-            dropout_p=self.dropout if self.training else 0.0,
-            softmax_scale=self.softmax_scale,
-            causal=self.causal,
-            window_size=self.window_size,
-            alibi_slopes=self.alibi_slopes,
-        )
-
     def _attend_qkv(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
         """qkv (batch, seqlen, heads of q, k, v, head_dim), or (total, ...) with cu_seqlens."""
+        lengths = cu_seqlens, max_seqlen
         if self.num_heads_kv != self.num_heads:
-            q, kv = self._split(qkv)
-            return self._attend_q_kv(q, kv, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        qkv = qkv.unflatten(-2, (3, self.num_heads))
-        if cu_seqlens is None:
-            return flash_attn_qkvpacked_func(qkv, **self._options())
-        return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **self._options())
-
-    def _attend_q_kv(self, q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> Tensor:
-        """q (batch, seqlen_q, num_heads, head_dim), kv (batch, seqlen_k, 2, num_heads_kv, head_dim)."""
-        if cu_seqlens_q is None:
-            return flash_attn_kvpacked_func(q, kv, **self._options())
-        return flash_attn_varlen_kvpacked_func(
-            q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **self._options()
-        )
+            return self.inner_cross_attn(*self._split(qkv), None, *lengths, *lengths)
+        return self.inner_attn(qkv.unflatten(-2, (3, self.num_heads)), None, *lengths)

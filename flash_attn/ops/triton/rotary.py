@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flash_attn._checks import resolve_integer
+from flash_attn._modes import can_launch_on
 from flash_attn._overlap import check_not_overlapping_itself
 
 try:
@@ -81,7 +82,8 @@ def apply_rotary(
     if not inplace and rotary_dim < x.shape[-1]:
         out[..., rotary_dim:].copy_(x[..., rotary_dim:])
     if x.numel() > 0 and rotary_dim > 0:
-        rotate = _rotate_triton if x.is_cuda and triton is not None else _rotate_torch
+        has_kernel = x.is_cuda and triton is not None and can_launch_on(x)
+        rotate = _rotate_triton if has_kernel else _rotate_torch
         rotate(
             out, x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, bool(interleaved), conjugate
         )
