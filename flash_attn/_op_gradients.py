@@ -135,7 +135,7 @@ def _backward(op: OpOverload, values: tuple) -> tuple[Tensor, ...]:
     if not _transforms.are_active():
         return _NoGradient.apply(op, _autograd.ONCE, *values)
     with enable_single_level_autograd_function():
-        return _OneLevelNoGradient.apply(op, _autograd.ONCE, *values)
+        return _OneLevelNoGradient.apply(op, _autograd.ONCE, *values)  # type: ignore[attr-defined]
 
 
 def _forward_rule(op: OpOverload, info: Any, in_dims: tuple, values: tuple) -> tuple:
