@@ -6,6 +6,13 @@
 
 namespace flash {
 
+// Whether the code is for sm_90 or newer.  For sm_80 the compiler needs a few registers more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasSm90 = false;
+#else
+constexpr bool kHasSm90 = true;
+#endif
+
 // First element of one head's (seqlen, head_dim) matrix.
 template <class Element>
 CUTE_DEVICE Element* matrix_of(TensorRef const& tensor, int batch, int head) {

@@ -183,8 +183,7 @@ struct FwdMainloop {
       auto tOrO_part     = atoms.of(tOrO);
       auto o_rows        = rows_of(tOrO_part);
       constexpr int kRow = 2 * atoms.kFirst;
-      // Scores after tanh may be small enough to be exponentiated as they are.
-      if (!(kBounded && softmax.is_bounded())) { softmax.template update<kRow>(scores, o_rows); }
+      softmax.template update<kRow>(scores, o_rows);
       CUTE_UNROLL
       for (int k = 0; k < kEarly; ++k) {
         softmax.template exponentials<kRow>(scores, k * kStepColumns, (k + 1) * kStepColumns);
@@ -207,6 +206,16 @@ struct FwdMainloop {
       auto tOrP_part = atoms.of(tOrP);
       gemm_rs<typename Traits::OperandV>(mma, tOrO_part, tOrP_part, loads.v_transposed(stage), lane,
                                          beside, rows);
+    };
+    // Of the first block, before its product: values of keys that no query sees.  0 * NaN is NaN.
+    auto const hide_unseen_values = [&] {
+      if constexpr (kHasLeft) {
+        int const rows = see_now().first_seen() - n_block * Traits::kBlockN;
+        if (rows > 0) {
+          Loads::clear_rows(loads.v(stage), rows);
+          __syncthreads();  // PROTECTS: the zeros are in shared memory.
+        }
+      }
     };
     __shared__ uint64_t parked[kParks ? 2 * Traits::kThreads : 1];
     auto const place = [&](int i) -> uint64_t& {
@@ -247,7 +256,6 @@ struct FwdMainloop {
     auto const last      = [&] { return kHalves ? read_now(now.half_steps.last_whole) : first(); };
     auto const left_end  = [&] { return read_now(now.blocks.left_end); };
     auto const right_end = [&] { return max_of(last(), read_now(now.blocks.right_begin)); };
-    if (kBounded && softmax.is_bounded()) { softmax.start_bounded(); }
     // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
     AtomEdges edges;
     if (kHalves && agreed(read_now(in.saved->half_steps.begins))) {
@@ -314,8 +322,10 @@ struct FwdMainloop {
       edges = look_up(Upper{}, n_block - 1);
       product_phase(All{}, Upper{}, active, kAnyPart);
       softmax_phase(true_type{}, Upper{}, edges);
+      hide_unseen_values();
       multiply_values(opaque_index(thread), Upper{}, active());
     } else {
+      hide_unseen_values();
       multiply_values(opaque_index(thread), All{}, active());
     }
   }
@@ -355,8 +365,6 @@ struct FwdMainloop {
   static_assert(kAhead == 0 || kAhead == Traits::kBlockN / 16, "all k-steps or none");
   // Steps with and without mask share their instructions.
   static constexpr bool kOneBody = kLevel == Level::kAll;
-  static constexpr bool kBounded = kLevel == Level::kSoftcap && Traits::kHeadDim <= 64 &&
-                                   std::is_same_v<Element, cutlass::bfloat16_t>;
 };
 
 }  // namespace flash::sm80
