@@ -35,6 +35,37 @@ void check_intervals(Visibility<kMask> const& m) {
     }
 }
 
+long blind_rows = 0, unseen_keys = 0;
+
+// The queries that see a key, and the keys that are seen, are the last ones.  With blocks no larger
+// than tiles, only the first tile's first block has others: of a key tile in the backward pass, of a
+// query tile in the forward pass.
+template <int kTile, int kBlock, MaskKind kMask>
+void check_rows_without_partner(Visibility<kMask> const& m) {
+  if (m.seqlen_q == 0 || m.seqlen_k == 0) return;
+  for (int q = 0; q < m.seqlen_q; ++q) {
+    bool any = false;
+    for (int k = 0; k < m.seqlen_k; ++k) any |= sees(m, q, k);
+    expect(any == (q >= m.first_seeing()), CASE ": whether query %d sees a key", ARGS, q);
+    blind_rows += !any;
+  }
+  for (int k = 0; k < m.seqlen_k; ++k) {
+    bool any = false;
+    for (int q = 0; q < m.seqlen_q; ++q) any |= sees(m, q, k);
+    expect(any == (k >= m.first_seen()), CASE ": whether key %d is seen", ARGS, k);
+    unseen_keys += !any;
+  }
+  auto const check = [&](BlockRange const& blocks, int tile, int first) {
+    if (blocks.first < blocks.end)
+      expect(first <= (blocks.first + (tile == 0)) * kBlock, CASE ": first block %d of tile %d",
+             ARGS, blocks.first, tile);
+  };
+  for (int n = 0; n * kTile < m.seqlen_k; ++n)
+    check(query_blocks<kBlock, kTile>(m, n), n, m.first_seeing());
+  for (int n = 0; n * kTile < m.seqlen_q; ++n)
+    check(key_blocks<kTile, kBlock>(m, n), n, m.first_seen());
+}
+
 template <int kM, int kN, bool kBackward, MaskKind kMask>
 void check_blocks(Visibility<kMask> const& m) {
   constexpr int kOuter = kBackward ? kN : kM, kInner = kBackward ? kM : kN;
@@ -133,6 +164,15 @@ int main() {
       for (int left : {0, 1, 3, 9, 30})
         for (int right : {0, 1, 4, 11, 30})
           check_intervals(Visibility<MaskKind::kLocal>{sq, sk, left, right});
+      auto const check_rows = [](auto const& m) {
+        check_rows_without_partner<8, 4>(m);
+        check_rows_without_partner<4, 4>(m);
+      };
+      check_rows(Visibility<MaskKind::kNone>{sq, sk, 0, 0});
+      check_rows(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
+      for (int left : {0, 1, 3, 9, 30, kUnlimited})
+        for (int right : {0, 1, 4, 11, 30, kUnlimited})
+          check_rows(Visibility<MaskKind::kLocal>{sq, sk, left, right});
       check_masks<8, 4>(sq, sk);
       check_masks<4, 8>(sq, sk);
       check_masks<4, 4>(sq, sk);
@@ -158,6 +198,8 @@ int main() {
   expect(query_blocks<64, 128>(tall, 0).first == kLong / 64 - 1,
          "64 keys are seen by the last queries");
 
+  std::printf("%ld blind rows, %ld unseen keys\n", blind_rows, unseen_keys);
+  expect(blind_rows > 0 && unseen_keys > 0, "no row without a partner was found");
   std::printf("%ld half steps\n", half_steps_found);
   expect(half_steps_found > 0, "no half step was found");
   std::printf("%ld of %ld hidden halves of visited blocks left out\n", left_out, hidden_halves);

@@ -35,6 +35,7 @@ struct SavedTile {
   int window_left, window_right;
   // Backward: query heads that share the key head; the first one's first query block in the workspace, and blocks from one to the next.
   int group, first_index, slots;
+  int first_seeing;  // backward: the first query that sees a key
 
   // Of a query head in the key head's group.
   CUTE_DEVICE ScoreMod score_mod(Problem const& problem, int head_in_group) const {

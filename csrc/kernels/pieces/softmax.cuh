@@ -30,14 +30,6 @@ struct Softmax {
     for (int r = 0; r < kRows; ++r) { row_ref[r] = kNoReference, row_sum[r] = 0.f; }
   }
 
-  // Whether scores in [-1, 1] need no reference: their exponentials, and sums of a million of them, lie far inside fp32 and bf16.
-  // Then update() may be left out for all blocks, with references of 0.
-  CUTE_DEVICE bool is_bounded() const { return scale_log2 <= 96.f; }
-  CUTE_DEVICE void start_bounded() {
-    CUTE_UNROLL
-    for (int r = 0; r < kRows; ++r) { row_ref[r] = 0.f, offset[r] = 0.f; }
-  }
-
   // The references of this block of scores (rows, columns), of rows kFirst and following.  Where some reference of the warp's rows moves,
   // O (rows, columns), which holds all earlier blocks, follows.
   template <int kFirst = 0, class TensorS, class TensorO>

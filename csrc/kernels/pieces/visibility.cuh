@@ -34,6 +34,10 @@ struct Visibility {
   FLASH_HD int end_query(int k) const {
     return kHasLeft ? min_of(seqlen_q, k - shift() + left + 1) : seqlen_q;
   }
+  // Where there are queries and keys: this query and all later ones see a key, the others see none;
+  // this key and all later ones are seen, the others by no query.
+  FLASH_HD int first_seeing() const { return first_query(0); }
+  FLASH_HD int first_seen() const { return first_key(0); }
   // Edges that a tile of queries and keys crosses: 1 the right one (or the sequence's end), 2 the left one, 3 both.
   FLASH_HD int crossed(int q0, int queries, int k0, int keys) const {
     return int(k0 + keys > end_key(q0)) + 2 * int(q0 + queries - 1 + first_offset() > k0);

@@ -8,6 +8,13 @@
 
 namespace flash::sm80 {
 
+// Whether the code is for sm_90 or newer.  For sm_80 the compiler needs a few registers more, and the backward keeps fewer values.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasSm90 = false;
+#else
+constexpr bool kHasSm90 = true;
+#endif
+
 // --- Forward -------------------------------------------------------------------------------------
 
 struct FwdTile {
@@ -60,8 +67,7 @@ struct FwdForm {
   bool late_o;         // O gets its registers after the first product
   bool votes;          // a condition that is the same for all lanes is voted on
   bool one_body;       // steps with and without mask share their instructions
-  bool bounded;     // bf16 scores after tanh are exponentiated as they are, if the softcap is small
-  bool asks_empty;  // the epilogue asks whether a row has seen nothing
+  bool asks_empty;     // the epilogue asks whether a row has seen nothing
   int plain_part,
       masked_part;  // of Q K^T, which the barrier waits for; kAnyPart: the compiler's choice
 
@@ -95,7 +101,6 @@ constexpr FwdForm fwd_form(FwdTile const& tile, int head_dim, MaskKind mask, Lev
       // Each feature's instructions stand in the loop once instead of twice.
       .one_body = level == Level::kAll,
       // 7 % faster at 64; there is no figure for others.
-      .bounded = level == Level::kSoftcap && head_dim <= 64,
       // A softcap kernel spilled.
       .asks_empty  = level != Level::kSoftcap,
       .plain_part  = FwdForm::kAnyPart,

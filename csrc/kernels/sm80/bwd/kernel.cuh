@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       saved.head = tile.head, saved.site = site, saved.blocks = blocks;
       saved.group = group, saved.slots = slots, saved.first_index = first_index;
       saved.window_left = problem.window_left, saved.window_right = problem.window_right;
+      saved.first_seeing = see.first_seeing();
       if constexpr (may_have(kLevel, Level::kDropout)) {
         saved.features = tile_features<kLevel>(problem, ScoreMod{}, site.batch, head);
       }

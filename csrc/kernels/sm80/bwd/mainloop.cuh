@@ -45,7 +45,7 @@ struct BwdMainloop {
                               Visibility<kMask> const& see, BlockRange const& blocks, int n_block,
                               Element* smem, TensorK& tdKrdK, TensorK& tdVrdV) {
     int const thread = threadIdx.x, col0 = n_block * kBlockN, head_dim = params.problem.head_dim;
-    int const keys_left    = see.seqlen_k - col0;
+    int const keys_left = see.seqlen_k - col0, unseen = see.first_seen() - col0;
     auto sK                = TileK::tensor(smem);
     auto sV                = TileK::tensor(smem + TileK::kSize);
     Element* const smem_q  = smem + 2 * TileK::kSize;
@@ -55,10 +55,16 @@ struct BwdMainloop {
     float* const smem_rows = reinterpret_cast<float*>(smem + Traits::kTileElements);
 
     // Per tile, of the loop: in registers where there are enough, otherwise read from shared memory where it is needed.
-    constexpr bool kKeep   = kForm.keeps_tile;
+    constexpr bool kKeep   = kHasSm90 && kForm.keeps_tile;
     SavedTile const& saved = *in.saved;
     auto const range       = [&] { return kKeep ? blocks : read_now(saved.blocks); };
     auto const see_now     = [&] { return kKeep ? see : saved.template see<kMask>(); };
+    // Queries that see no key, and keys that no query sees, are loaded as zeros: 0 * NaN is NaN.
+    constexpr bool kHasBlind  = Visibility<kMask>::kHasRight;
+    constexpr bool kHasUnseen = Visibility<kMask>::kHasLeft;
+    auto const first_seeing   = [&] {
+      return !kHasBlind ? 0 : kKeep ? see.first_seeing() : read_now(saved.first_seeing);
+    };
 
     // Loads: K and V once, then a stage of Q, dO, LSE and delta per query block
     int64_t const q_stride = params.q.row_stride, dout_stride = params.dout.row_stride;
@@ -80,6 +86,7 @@ struct BwdMainloop {
       Element* const stage_q = smem_q + stage * 2 * TileQ::kSize;
       int const rows_left =
           (kKeep ? see.seqlen_q : read_now(in.saved->site.seqlen_q)) - m_block * kBlockM;
+      int const blind = first_seeing() - m_block * kBlockM;
       if constexpr (!kKeep) {
         int const query_head = read_now(saved.head) * read_now(saved.group) + head;
         int64_t const row    = read_now(saved.site.q_row0) + m_block * kBlockM;
@@ -92,13 +99,15 @@ struct BwdMainloop {
                   dout_stride, head_dim, lane)
                 .next;
       }
-      copy_q.template start<true>(TileQ::tensor(stage_q), rows_left, thread);
-      copy_dout.template start<true>(TileQ::tensor(stage_q + TileQ::kSize), rows_left, thread);
+      int const at = kKeep ? thread : lane;
+      copy_q.template start_between<kHasBlind>(TileQ::tensor(stage_q), blind, rows_left, at);
+      copy_dout.template start_between<kHasBlind>(TileQ::tensor(stage_q + TileQ::kSize), blind,
+                                                  rows_left, at);
     };
     CopyK(in.k + col0 * params.k.row_stride, params.k.row_stride, head_dim, thread)
-        .template start<true>(sK, keys_left, thread);
+        .template start_between<kHasUnseen>(sK, unseen, keys_left, thread);
     CopyK(in.v + col0 * params.v.row_stride, params.v.row_stride, head_dim, thread)
-        .template start<true>(sV, keys_left, thread);
+        .template start_between<kHasUnseen>(sV, unseen, keys_left, thread);
     // Query blocks left to right, then the next head that shares the keys.
     int m_block = blocks.first, head = 0;
     start_tiles(0, head, m_block, thread);
@@ -109,10 +118,11 @@ struct BwdMainloop {
 
     for (int stage = 0; head < read_now(saved.group); stage ^= 1) {
       // Shared memory addresses that depend on the thread are worth fewer registers than they would take across iterations.
-      int const lane = opaque(thread);
+      int const lane = kHasSm90 ? opaque(thread) : thread_now();
       cp_async_wait<0>();
       __syncthreads();  // PROTECTS: this stage has arrived; all warps are done with the other stage and with dS^T, P^T.
-      bool const new_head  = m_block + 1 == range().end;
+      auto const ends_head = [&] { return m_block + 1 == range().end; };
+      bool const new_head  = ends_head();
       int const next_block = new_head ? range().first : m_block + 1;
       if (!(new_head && head + 1 == read_now(saved.group))) {
         int64_t const rows = int64_t(next_block - m_block) * kBlockM;  // without kKeep unused
@@ -243,8 +253,10 @@ struct BwdMainloop {
         gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
             mma_dkv, tdKrdK, sdS, TileQ::transposed(stage_q), lane);
       }
-      head += new_head;
-      m_block = next_block;
+      // For sm_80 computed again: kept, they were spilled.
+      bool const ends = kHasSm90 ? new_head : ends_head();
+      m_block         = kHasSm90 ? next_block : ends ? range().first : m_block + 1;
+      head += ends;
     }
   }
 

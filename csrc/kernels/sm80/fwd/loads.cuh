@@ -54,6 +54,16 @@ struct FwdLoads {
                 thread);
   }
 
+  // The thread block makes a tile's first rows zeros.
+  template <class TensorS>
+  CUTE_DEVICE static void clear_rows(TensorS const& sTile, int rows) {
+    constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes
+#pragma unroll 1
+    for (int i = thread_now(); i < rows * kChunks; i += Traits::kThreads) {
+      *reinterpret_cast<uint4*>(&sTile(i / kChunks, i % kChunks * 8)) = make_uint4(0, 0, 0, 0);
+    }
+  }
+
   // Tiles in shared memory, K and V by stage.
   CUTE_DEVICE auto q() const { return TileQ::tensor(smem); }
   CUTE_DEVICE auto k(int stage) const {

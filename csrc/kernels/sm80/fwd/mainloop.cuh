@@ -181,8 +181,7 @@ struct FwdMainloop {
       auto tOrO_part     = atoms.of(tOrO);
       auto o_rows        = rows_of(tOrO_part);
       constexpr int kRow = 2 * atoms.kFirst;
-      // Scores after tanh may be small enough to be exponentiated as they are.
-      if (!(kBounded && softmax.is_bounded())) { softmax.template update<kRow>(scores, o_rows); }
+      softmax.template update<kRow>(scores, o_rows);
       CUTE_UNROLL
       for (int k = 0; k < kEarly; ++k) {
         softmax.template exponentials<kRow>(scores, k * kStepColumns, (k + 1) * kStepColumns);
@@ -205,6 +204,16 @@ struct FwdMainloop {
       auto tOrP_part = atoms.of(tOrP);
       gemm_rs<typename Traits::OperandV>(mma, tOrO_part, tOrP_part, loads.v_transposed(stage), lane,
                                          beside, rows);
+    };
+    // Of the first block, before its product: values of keys that no query sees.  0 * NaN is NaN.
+    auto const hide_unseen_values = [&] {
+      if constexpr (kHasLeft) {
+        int const rows = see_now().first_seen() - n_block * Traits::kBlockN;
+        if (rows > 0) {
+          Loads::clear_rows(loads.v(stage), rows);
+          __syncthreads();  // PROTECTS: the zeros are in shared memory.
+        }
+      }
     };
     __shared__ uint64_t parked[kParks ? 2 * Traits::kThreads : 1];
     auto const place = [&](int i) -> uint64_t& {
@@ -245,7 +254,6 @@ struct FwdMainloop {
     auto const last      = [&] { return kHalves ? read_now(now.half_steps.last_whole) : first(); };
     auto const left_end  = [&] { return read_now(now.blocks.left_end); };
     auto const right_end = [&] { return max_of(last(), read_now(now.blocks.right_begin)); };
-    if (kBounded && softmax.is_bounded()) { softmax.start_bounded(); }
     // The compiler moves arithmetic across barriers but not across the ends of a loop's body: each body ends with the softmax.
     AtomEdges edges;
     if (kHalves && same_for_lanes<kForm.votes>(read_now(in.saved->half_steps.begins))) {
@@ -312,8 +320,10 @@ struct FwdMainloop {
       edges = look_up(Upper{}, n_block - 1);
       product_phase(All{}, Upper{}, active, kAnyPart);
       softmax_phase(true_type{}, Upper{}, edges);
+      hide_unseen_values();
       multiply_values(opaque_index(thread), Upper{}, active());
     } else {
+      hide_unseen_values();
       multiply_values(opaque_index(thread), All{}, active());
     }
   }
@@ -330,7 +340,6 @@ struct FwdMainloop {
   static constexpr bool kFirstInLoop = kForm.first_in_loop, kLateO = kForm.late_o;
   static constexpr bool kByEdge = kForm.by_edge, kParks = kForm.parks, kUpward = kForm.upward;
   static constexpr bool kOneBody  = kForm.one_body;
-  static constexpr bool kBounded  = kForm.bounded && std::is_same_v<Element, cutlass::bfloat16_t>;
   static constexpr int kPlainPart = kForm.plain_part, kMaskedPart = kForm.masked_part;
   static constexpr Int<FwdForm::kAnyPart> kAnyPart{};
   static_assert(kPlainPart < 0 || kAhead == 0, "multiply_scores_watched has nothing beside it");

@@ -1,6 +1,7 @@
 #pragma once
 // Tiles between global and shared memory: 16-byte cp.async with zero fill outside the matrix.
-// Used by: every main loop.  Invariant: rows >= rows_left and columns >= head_dim arrive as zeros and are never read.
+// Used by: every main loop.  Invariant: rows that do not exist and columns >= head_dim arrive as zeros
+// and are never read.
 #include <cute/tensor.hpp>
 
 #include "pieces/compiler.cuh"
@@ -82,6 +83,18 @@ struct TileCopy {
   // Starts the copy of the next tile into sTile.  Rows from rows_left on become zeros (kCheckRows; otherwise all exist).
   template <bool kCheckRows, class TensorS>
   CUTE_DEVICE void start(TensorS const& sTile, int rows_left, int thread) const {
+    start_where(sTile, thread, [&](int row) { return !kCheckRows || row < rows_left; });
+  }
+  // Rows before first become zeros too (kHasFirst; otherwise there are none).
+  template <bool kHasFirst, class TensorS>
+  CUTE_DEVICE void start_between(TensorS const& sTile, int first, int end, int thread) const {
+    start_where(sTile, thread, [&](int row) {
+      return kHasFirst ? unsigned(row - first) < unsigned(end - first) : row < end;
+    });
+  }
+  // Rows become zeros unless exists(row).
+  template <class TensorS, class Exists>
+  CUTE_DEVICE void start_where(TensorS const& sTile, int thread, Exists exists) const {
     // Steps are whole swizzle periods and atoms lie one after another: shared addresses differ by constants.
     Element* const target = &sTile(row(thread), column(thread));
     Element const* line   = next;
@@ -89,11 +102,11 @@ struct TileCopy {
         head_dim - column(opaque(thread));  // computed anew each time: kept, it was spilled
     CUTE_UNROLL
     for (int i = 0; i < kSteps; ++i) {
-      bool const exists = !kCheckRows || row(thread) + i * kRowStep < rows_left;
+      bool const row_exists = exists(row(thread) + i * kRowStep);
       CUTE_UNROLL
       for (int j = 0; j < kAtoms; ++j) {
         cp_async_16(target + i * kRowStep * kAtomColumns + j * kRows * kAtomColumns,
-                    line + j * kAtomColumns, exists && j * kAtomColumns < columns);
+                    line + j * kAtomColumns, row_exists && j * kAtomColumns < columns);
       }
       line += kRowStep * row_stride;
     }
