@@ -102,8 +102,11 @@ def parse_ptxas(text: str) -> list[Kernel]:
 
 
 def find_warnings(text: str) -> list[str]:
-    """Lines of a compiler's output that warn, whichever of nvcc's compilers wrote them."""
-    return [line.strip() for line in text.splitlines() if re.search(r"\bwarning\b", line, re.I)]
+    """Lines of a compiler's output that warn, whichever of nvcc's compilers wrote them, each once."""
+    word = r"\bwarning\b(?!-)"  # not nvcc's remark on how to suppress a <warning-number>
+    return list(
+        dict.fromkeys(line.strip() for line in text.splitlines() if re.search(word, line, re.I))
+    )
 
 
 def demangle(names: Sequence[str]) -> list[str]:
