@@ -100,7 +100,6 @@ constexpr FwdForm fwd_form(FwdTile const& tile, int head_dim, MaskKind mask, Lev
       .votes = head_dim <= 128 && !changes_scores(level),
       // Each feature's instructions stand in the loop once instead of twice.
       .one_body = level == Level::kAll,
-      // 7 % faster at 64; there is no figure for others.
       // A softcap kernel spilled.
       .asks_empty  = level != Level::kSoftcap,
       .plain_part  = FwdForm::kAnyPart,
