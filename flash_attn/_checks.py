@@ -1,6 +1,6 @@
 """Checks of the public functions' arguments: errors name the argument, what it got and wants.
 
-Used by ``flash_attn_interface`` and ``_compat`` before anything is launched, alike on every device.
+Used by ``flash_attn_interface`` and ``_upstream`` before anything is launched, alike on every device.
 Errors are RuntimeError, as users of the CUDA package know them.  Only comparisons of sizes and
 attributes: cheap, and traceable by torch.compile.
 
