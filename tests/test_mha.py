@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -387,6 +388,42 @@ def test_inference_params_start_again() -> None:
     params.reset(16, 1)
     assert (params.max_seqlen, params.max_batch_size, params.seqlen_offset) == (16, 1, 0)
     assert not params.lengths_per_sample.any()
+
+
+STACKED = [SELF[0], SELF[2], SELF[7], SELF[9], SELF[12], CROSS[9]]
+
+
+@pytest.mark.parametrize("case", STACKED, ids=str)
+def test_stack_of_layers_under_vmap(case: LayerCase, device: str) -> None:
+    """An ensemble on the meta device's skeleton: outputs and gradients of a loop over its members."""
+    layers = [case.build(device) for _ in range(3)]
+    for layer in layers[1:]:
+        for parameter in layer.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    parameters, buffers = torch.func.stack_module_state(layers)
+    skeleton = copy.deepcopy(layers[0]).to("meta")
+    x = inputs(layers[0], 3, 2, 19)
+
+    def run(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(skeleton, (parameters, {}), (x,))
+
+    assert not buffers
+    want = torch.stack([layer(row) for layer, row in zip(layers, x)])
+    out = torch.vmap(run)(parameters, x)
+    assert_near("out", out, want.double())
+    dout = torch.randn_like(want)
+    out.backward(dout)
+    want.backward(dout)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, dout: Tensor) -> Tensor:
+        return (run(parameters, x) * dout).sum()
+
+    detached = {name: p.detach() for name, p in parameters.items()}
+    samples = torch.vmap(torch.func.grad(loss))(detached, x, dout)
+    for name, p in parameters.items():
+        expected = torch.stack([layer.get_parameter(name).grad for layer in layers]).double()
+        assert_near(name, p.grad, expected)
+        assert_near(name, samples[name], expected)
 
 
 CU = torch.tensor([0, 4], dtype=torch.int32)

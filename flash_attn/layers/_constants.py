@@ -1,6 +1,6 @@
 """Tensors of a module that follow from its arguments.
 
-Used by ``rotary_embedding`` and ``modules.attention``.  A buffer with such values is lost where a
+Used by ``layers.rotary`` and ``modules.attention``.  A buffer with such values is lost where a
 module is cast, or made on the meta device and filled later.  Here they are attributes: nothing but
 their owner writes them.
 """
@@ -20,7 +20,7 @@ class ConstantsModule(nn.Module):
 
     A subclass names them in ``_constants`` and computes them in ``_compute_constant``.  Constant
     ``name`` is in the attribute ``_name``; a property of the subclass shows it.  Its owner may edit or
-    assign it, as long as the module has values at all.
+    assign it; on the meta device such values are lost.
     """
 
     _constants: tuple[str, ...] = ()

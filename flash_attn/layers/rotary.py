@@ -31,6 +31,18 @@ __all__ = [
 ]
 
 
+def _no_tables() -> dict[str, Any]:
+    """A module's attributes before its first call."""
+    return dict(
+        _seq_len_cached=0,  # positions in the tables; 0: they are of a mode, or there are none
+        _cos_cached=None,
+        _sin_cached=None,
+        _cos_k_cached=None,  # the keys' own, with xPos
+        _sin_k_cached=None,
+        _captured_tables=[],  # those that a CUDA graph reads: they must live as long as the module
+    )
+
+
 class RotaryEmbedding(ConstantsModule):
     """Rotary position embedding of packed queries, keys and values, with the tables it needs.
 
@@ -53,12 +65,18 @@ class RotaryEmbedding(ConstantsModule):
             in fp64.)
 
     Attributes:
-        inv_freq: (dim / 2,), fp32: base ** (-2 i / dim).  It is no buffer, and no cast changes it;
-            another value may be assigned before the first call.
+        inv_freq: (dim / 2,), fp32: base ** (-2 i / dim).  It is no buffer, and no cast changes it.
+            Other frequencies may be assigned to it.
         scale: (dim / 2,), fp32: of xPos, or None.
     """
 
     _constants = ("inv_freq", "scale")
+    _seq_len_cached: int
+    _cos_cached: Tensor | None
+    _sin_cached: Tensor | None
+    _cos_k_cached: Tensor | None
+    _sin_k_cached: Tensor | None
+    _captured_tables: list[tuple[Tensor | None, ...]]
 
     def __init__(
         self,
@@ -81,16 +99,7 @@ class RotaryEmbedding(ConstantsModule):
         self._dtype = torch.float32  # to which the module was cast last
         for name in self._constants:
             self._renew_constant(name, device)
-        self._forget_tables()
-
-    def _forget_tables(self) -> None:
-        self._seq_len_cached = 0
-        self._cos_cached: Tensor | None = None
-        self._sin_cached: Tensor | None = None
-        self._cos_k_cached: Tensor | None = None
-        self._sin_k_cached: Tensor | None = None
-        # Tables that a recorded CUDA graph reads, and that must live as long as the module.
-        self._captured_tables: list[tuple[Tensor | None, ...]] = []
+        self.__dict__.update(_no_tables())
 
     @property
     def inv_freq(self) -> Tensor:
@@ -136,10 +145,7 @@ class RotaryEmbedding(ConstantsModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: they make tables of their own."""
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        copy._forget_tables()
-        return copy.__dict__
+        return self.__dict__ | _no_tables()
 
     def _in_precision(
         self, name: str, exact: Callable[..., Tensor], device: torch.device, dtype: torch.dtype

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(Traits::kDqThreads)
 template <class Traits>
 cudaError_t run_backward(BackwardCall const& call, cudaStream_t stream) {
   BwdKernelParams const params = backward_params(call, Traits::kHeadDim);
-  int const m_blocks     = ceil_div(call.seqlen, Traits::kBlockM);
+  int const m_blocks           = ceil_div(call.seqlen, Traits::kBlockM);
   unsigned const batch = unsigned(call.batch), heads = unsigned(call.heads);
   cudaError_t status = cudaSuccess;
   if (call.parts & kPrepare) {

@@ -34,10 +34,10 @@ cudaError_t shipped_forward_facts(bool causal, KernelFacts* facts) {
 
 template <int kHeadDim>
 cudaError_t run_shipped_backward(BackwardCall const& call, cudaStream_t stream) {
-  using Traits           = BwdTraits<kHeadDim, cutlass::bfloat16_t>;
+  using Traits                 = BwdTraits<kHeadDim, cutlass::bfloat16_t>;
   BwdKernelParams const params = backward_params(call, kHeadDim);
-  Problem const& problem = params.problem;
-  cudaError_t status     = cudaSuccess;
+  Problem const& problem       = params.problem;
+  cudaError_t status           = cudaSuccess;
   if (call.parts & kPrepare) {
     status = launch_bwd_preprocess(params, Traits::kBlockM, Traits::kHeadDim, stream);
   }
