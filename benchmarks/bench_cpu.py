@@ -103,6 +103,20 @@ def row_line(row: Row) -> str:
     return f"{shape}  {times}   ours / torch {row['ratio']:.2f}"
 
 
+def table(result: dict[str, Any]) -> str:
+    """For benchmarks/README.md: ours / torch, one row for each dtype and direction."""
+    rows = result["rows"]
+    columns = list(dict.fromkeys((row["seqlen"], row["causal"]) for row in rows))
+    names = [f"{seqlen} {mask_name(causal)}" for seqlen, causal in columns]
+    lines = [f"| ours / torch | {' | '.join(names)} |", "|---|" + "---:|" * len(columns)]
+    for direction, dtype in product(("fwd", "bwd"), dict.fromkeys(row["dtype"] for row in rows)):
+        found = {(row["seqlen"], row["causal"]): row["ratio"] for row in rows
+                 if (row["direction"], row["dtype"]) == (direction, dtype)}  # fmt: skip
+        cells = " | ".join(f"{found[column]:.2f}" for column in columns)
+        lines.append(f"| {direction} {dtype} | {cells} |")
+    return "\n".join(lines)
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -131,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     result["rows"] = measure(args)
     write_json(result, args.json)
     slow = [row_line(row) for row in result["rows"] if row["ratio"] > TARGET]
+    print(table(result))
     print(f"{len(slow)} of {len(result['rows'])} above {TARGET} times torch's time")
     return 0
 

@@ -52,7 +52,7 @@ def differentiated(function: Callable[..., Any], *inputs: Tensor) -> Call:
         results = list(function(*leaves))
         if not with_gradients:
             return results
-        weights = [torch.ones_like(x).cumsum(-1) / 100 for x in results[:2]]
+        weights = [x.detach().clamp(-3, 3) / 7 for x in results[:2]]
         return results + list(torch.autograd.grad(results[:2], leaves, weights))
 
     return call
