@@ -270,8 +270,11 @@ def _record(function: str, x: Tensor, y: Tensor | None, z: Tensor | None, *other
         if Statics(*others[-1]).dropout_p > 0:
             x = _transforms.with_randomness(function, x)
         return TransformedFlashAttention.apply(x, y, z, *others)
+    if z is None or Statics(*others[-1]).dropout_p > 0:
+        # Packed gradients are written in place, and only vmap itself knows of unbatched dropout.
+        _transforms.refuse_compiled(function)
     if torch.compiler.is_compiling() and z is not None:
-        # The operator's own derivative: torch.compile follows transforms through it, not through ours.
+        # torch.compile follows transforms through the operator's own derivative, not through ours.
         return call_forward(x, y, z, *others)
     tensors = x, y, z, others[0]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):

@@ -193,6 +193,7 @@ def _warn_of_copies() -> bool:
 def _call(op: Any, *arguments: Any, **numbers: Tensor | None) -> tuple[Tensor, Tensor]:
     """An operator without a gradient."""
     tensors = [x for x in (*arguments, *numbers.values()) if isinstance(x, Tensor)]
+    _transforms.refuse_compiled("flash_attn_with_kvcache")
     _transforms.refuse_gradient("flash_attn_with_kvcache", *tensors)
     _transforms.refuse_tangents("flash_attn_with_kvcache", *tensors)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

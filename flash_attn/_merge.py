@@ -48,6 +48,7 @@ def merge_states(
         RuntimeError: an argument has a wrong shape, dtype or device, or the CUDA extension is not
             built.
     """
+    _transforms.refuse_compiled("merge_states")
     _checks_decode.check_states(out_a, lse_a, out_b, lse_b)
     head_dim = out_a.shape[-1]
     padding = -head_dim % CUDA_HEAD_DIM_MULTIPLE if out_a.is_cuda else 0

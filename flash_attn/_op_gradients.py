@@ -3,7 +3,7 @@
 torch.compile of a torch.func transform does: it traces past an autograd.Function and comes to the
 operators.  So does code that calls torch.ops.flash_attn._flash_attn_forward on tensors that require
 gradients.  They get the derivatives and vmap's rules of the public functions; a second derivative,
-and one of softcap, are errors.
+forward mode, and a derivative of softcap are errors.
 
 The kernels below are registered for autograd's dispatch key.  torch.library.register_autograd would
 do less: what it makes cannot be used inside of torch.func's transforms.
@@ -172,7 +172,10 @@ def _backward_rule(op: OpOverload, info: Any, in_dims: tuple, values: tuple) -> 
 def _register(op: OpOverload, record: Callable, rule: Callable) -> None:
     def kernel(*values: Any) -> Any:
         tensors = [x for x in values if isinstance(x, Tensor)]
-        _transforms.refuse_tangents(op._schema.name, *tensors)
+        if torch._C._is_fwd_grad_enabled() and _transforms.are_active():
+            _transforms.refuse_tangents_now(op._schema.name, *tensors)
+        else:
+            _transforms.refuse_tangents(op._schema.name, *tensors)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return record(op, values)
         with torch._C._AutoDispatchBelowAutograd():

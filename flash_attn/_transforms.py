@@ -12,8 +12,21 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 
 def are_active() -> bool:
-    """Whether a transform of torch.func is at work; never inside of torch.compile."""
+    """Whether a transform of torch.func is at work, also while torch.compile traces or runs."""
     return torch._C._are_functorch_transforms_active()
+
+
+def refuse_compiled(function: str) -> None:
+    """Raises where torch.compile traces function inside of a transform of torch.func.
+
+    The compiled function would lose the derivative.  Without ``fullgraph`` torch.compile takes the error
+    as a reason to run that part uncompiled, where it is right.
+    """
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{function} inside of torch.func's transforms (grad, vmap, jvp, ...) cannot be compiled as"
+            " one graph: apply the transform outside of torch.compile, or compile without fullgraph"
+        )
 
 
 def are_at_work(x: Tensor) -> bool:
@@ -44,13 +57,19 @@ def refuse_gradient(function: str, *tensors: Tensor | None) -> None:
 
 
 def refuse_tangents(function: str, *tensors: Tensor | None) -> None:
-    """Raises for a tensor with a tangent of forward-mode differentiation."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
-        return
+    """Raises for a tensor with a tangent of forward-mode differentiation; not while torch.compile traces."""
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        refuse_tangents_now(function, *tensors)
+
+
+def refuse_tangents_now(function: str, *tensors: Tensor | None) -> None:
+    """The same, whatever torch.compile does."""
     for x in tensors:
         while x is not None and _functorch.is_batchedtensor(x):
             x = _functorch.get_unwrapped(x)
-        if x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        if (
+            x is not None and torch._VF._unpack_dual(x, level=0)[1] is not None
+        ):  # there is one level
             raise_no_forward_mode(function)
 
 

@@ -21,6 +21,7 @@ from flash_attn import (
     flash_attn_with_kvcache,
     merge_states,
 )
+from flash_attn.layers.rotary import apply_rotary_emb
 from flash_attn.modules.mha import MHA
 
 EXAMPLES = 3
@@ -497,6 +498,43 @@ def test_compiled_transforms(device: str, form: Form, transform: str) -> None:
         grad_of_vmap=grad(lambda x: vmap(loss)(x).sum()),
     )[transform]
     assert_close(torch.compile(function, backend="aot_eager")(qkv), loop_gradient(loss, qkv))
+
+
+LOST = {
+    "rotary": lambda x: apply_rotary_emb(x[:, :, 0], *rotary_tables(x)).float().square().sum(),
+    "packed": lambda x: flash_attn_qkvpacked_func(x, **PLAIN).float().square().sum(),
+    "merge": lambda x: merge_states(
+        *(x[:, :, 0], x[:, :, 0, :, 0].mT.float(), x[:, :, 1], x[:, :, 1, :, 0].mT.float())
+    )[0].float().square().sum(),
+}  # fmt: skip
+
+
+def rotary_tables(x: Tensor) -> tuple[Tensor, Tensor]:
+    angles = torch.linspace(0, 3, x.shape[1] * 8, device=x.device).view(x.shape[1], 8)
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_compiled_transform_would_lose_runs_uncompiled_or_raises(
+    device: str, name: str
+) -> None:
+    torch._dynamo.reset()
+    x, gradient = make_qkv(device), grad(LOST[name])
+    assert_close(torch.compile(gradient, backend="aot_eager")(x), gradient(x))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="inside of torch.func's transforms"):
+        torch.compile(gradient, backend="aot_eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_forward_mode_is_refused(device: str, fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    qkv, loss = make_qkv(device), loss_of(FORMS[0], **PLAIN)
+    compiled = torch.compile(
+        lambda x: jvp(loss, (x,), (x,))[1], backend="aot_eager", fullgraph=fullgraph
+    )
+    with pytest.raises(Exception, match="has no forward-mode"):
+        compiled(qkv)
 
 
 def operator_loss(qkv: Tensor, **changes: Any) -> Tensor:

@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from flash_attn import _transforms
 from flash_attn._overlap import check_not_overlapping_itself
 from flash_attn.layers._rotary_autograd import check_tables, packed_rotary_function, rotary_function
 
@@ -94,6 +95,7 @@ def apply_rotary_emb(
         RuntimeError: a wrong shape, dtype or device, or a position beyond the tables: see
             ``ops.triton.rotary.apply_rotary``; a derivative with respect to cos or sin.
     """
+    _transforms.refuse_compiled("apply_rotary_emb")
     check_tables("apply_rotary_emb", cos, sin)
     if inplace:
         check_not_overlapping_itself("x", x)
@@ -145,6 +147,7 @@ def apply_rotary_emb_qkv_(
     Raises:
         RuntimeError: as ``apply_rotary_emb``.
     """
+    _transforms.refuse_compiled("apply_rotary_emb_qkv_")
     rows = "batch, seqlen" if cu_seqlens is None else "total"
     dims = qkv.dim() + (cu_seqlens is not None)
     if dims not in (4, 5) or (dims == 5 and qkv.shape[-3] != 3):
@@ -195,6 +198,7 @@ def apply_rotary_emb_kv_(
     Raises:
         RuntimeError: as ``apply_rotary_emb``.
     """
+    _transforms.refuse_compiled("apply_rotary_emb_kv_")
     rows = "batch, seqlen" if cu_seqlens is None else "total"
     if kv.dim() + (cu_seqlens is not None) != 5 or kv.shape[-3] != 2:
         raise RuntimeError(
