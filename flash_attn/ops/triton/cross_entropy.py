@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_attn import _transforms
 from flash_attn._checks import resolve_integer
 from flash_attn.ops._library import as_views
 from flash_attn.ops.triton import _cross_entropy_ops as ops
@@ -63,7 +62,6 @@ def cross_entropy_loss(
             ignore_index, which is looked for on the CPU, and on CUDA with
             FLASH_ATTN_CHECK_DEVICE_DATA=1 in the environment.  Unchecked, its loss is NaN.
     """
-    _transforms.refuse_compiled("cross_entropy_loss")
     ignore_index = resolve_integer("ignore_index", ignore_index)
     scales = dict(label_smoothing=label_smoothing, logit_scale=logit_scale)
     scales = [_number(*s) for s in (scales | dict(lse_square_scale=lse_square_scale)).items()]

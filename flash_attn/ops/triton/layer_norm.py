@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flash_attn import _transforms
 from flash_attn.ops._library import as_views
 from flash_attn.ops.triton import _layer_norm_ops as ops
 
@@ -71,7 +70,6 @@ def layer_norm_fn(
     Raises:
         RuntimeError: a wrong shape, dtype, device or value.
     """
-    _transforms.refuse_compiled("layer_norm_fn")
     weights = dict(weight=weight, bias=bias, weight1=weight1, bias1=bias1)
     buffers = dict(out=out, residual_out=residual_out)
     _check(dropout_p, x=x, residual=residual, x1=x1, rowscale=rowscale, **weights, **buffers)
@@ -130,7 +128,6 @@ def rms_norm_fn(
     residual_out: Tensor | None = None,
 ) -> Result:
     """``layer_norm_fn`` with is_rms_norm=True."""
-    _transforms.refuse_compiled("rms_norm_fn")
     return layer_norm_fn(
         *(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm),
         *(residual_in_fp32, zero_centered_weight, True, return_dropout_mask, out_dtype, out),
@@ -159,7 +156,6 @@ def layer_norm_linear_fn(
     Returns:
         (..., out_features), or with prenorm a tuple of it and total.
     """
-    _transforms.refuse_compiled("layer_norm_linear_fn")
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     normed = layer_norm_fn(
