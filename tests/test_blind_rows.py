@@ -26,7 +26,8 @@ from cases import (
 from harness import assert_same_result, check_varlen, features_of, run_flash, run_varlen
 from torch import Tensor
 
-DIMS = (32, 64, 96, 128, 192, 256)
+from flash_attn._head_dims import HEAD_DIMS
+
 SHAPES: tuple[tuple[int, int, Mask, Window], ...] = (
     (200, 90, Mask.causal, UNLIMITED),  # queries 0 to 109 are blind
     (300, 129, Mask.causal, UNLIMITED),  # a whole tile of them
@@ -80,7 +81,7 @@ def check_without_influence(device: str, case: AttnCase, value: float, determini
 
 MASKED = [
     AttnCase(sq, sk, heads, d, mask, dtype, 2, window)
-    for d in DIMS
+    for d in HEAD_DIMS
     for (sq, sk, mask, window), (heads, dtype) in zip(
         SHAPES, (((2, 2), "bf16"), ((4, 2), "fp16"), ((3, 1), "bf16")) * 4
     )
@@ -98,7 +99,7 @@ def test_rows_without_influence_pass_nothing_on(
 
 FEATURED = [
     AttnCase(sq, sk, (4, 2), d, Mask.causal, "bf16", 2, **({"window": (30, 5)} | features))
-    for d in DIMS
+    for d in HEAD_DIMS
     for features in FEATURE_SETS
     for sq, sk in ((200, 90), (90, 200))
     if sq > sk or features.get("window", (30, 5))[0] >= 0
@@ -113,7 +114,7 @@ def test_rows_without_influence_pass_nothing_on_in_features(device: str, case: A
 LENGTHS = ((200, 33, 300, 0, 129), (90, 190, 129, 50, 128))
 VARLEN = [
     VarlenCase(*LENGTHS, (4, 2), d, mask, "bf16", (20, 130), window, **features)
-    for d in DIMS
+    for d in HEAD_DIMS
     for mask, window, features in (
         (Mask.causal, UNLIMITED, {}),
         (Mask.none, (25, 7), {}),
@@ -152,7 +153,7 @@ LEVELS: tuple[dict[str, Any], ...] = (
 )
 ONE_KEY = [
     AttnCase(sq, sk, (4, 2), d, mask, dtype, 2, window, **features)
-    for d in (*DIMS, 59)
+    for d in (*HEAD_DIMS, 59)
     for dtype in ("fp16", "bf16")
     for features in LEVELS
     for sq, sk, mask, window in (
