@@ -147,7 +147,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, *saved: Any) -> tuple[Tensor, .
         RuntimeError: create_graph=True, as the gradients have none; for torch.func, which always
             asks for a graph, only where the graph is used.
     """
-    if not torch.compiler.is_compiling() and _transforms.are_at_work(saved[0]):
+    if not torch.compiler.is_compiling() and _transforms.are_active_or_wrap(saved[0]):
         return FlashAttentionGradients.apply(dout, dlse, *saved)
     if torch.is_grad_enabled():
         raise RuntimeError(ONCE)

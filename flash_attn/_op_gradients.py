@@ -56,12 +56,9 @@ class _Call:
         score = self.values(
             ("softmax_scale", "causal", "window_size_left", "window_size_right", "softcap")
         )
-        deterministic = self.given.get(
-            "deterministic", torch.are_deterministic_algorithms_enabled()
-        )
         return tuple(
             Statics(
-                *(score, self.given["dropout_p"], deterministic),
+                *(score, self.given["dropout_p"], self.given["deterministic"]),
                 bool(self.given.get("return_softmax")),
                 *self.values(("max_seqlen_q", "max_seqlen_k")),
             )
@@ -141,10 +138,7 @@ def _backward(op: OpOverload, values: tuple) -> tuple[Tensor, ...]:
 def _forward_rule(op: OpOverload, info: Any, in_dims: tuple, values: tuple) -> tuple:
     call, dims = _Call(op, values), _Call(op, in_dims)
     if call.given["dropout_p"] > 0 and info.randomness == "error":
-        raise RuntimeError(
-            f"{op._schema.name}: dropout_p > 0 draws random numbers, which vmap refuses with"
-            ' randomness="error" (the default): give "same" or "different"'
-        )
+        _transforms.raise_no_randomness(op._schema.name)
     if call.without_gradient is not None:
         raise NotImplementedError(f"{op._schema.name}: no vmap with {call.without_gradient}")
     arguments = (*call.values(_FORWARD_TENSORS), call.statics)

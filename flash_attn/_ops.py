@@ -140,9 +140,6 @@ SCHEMAS = {
 S_DMASK_ROUND = 128
 SOFTMAX_D_ROUND = 128
 
-# How far torch's generator on CUDA advances for each query head of each sequence.
-RANDOM_NUMBERS_PER_HEAD = 32
-
 
 def _define() -> None:
     for name, schema in SCHEMAS.items():

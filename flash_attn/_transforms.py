@@ -29,13 +29,16 @@ def refuse_compiled(function: str) -> None:
         )
 
 
-def are_at_work(x: Tensor) -> bool:
+def are_active_or_wrap(x: Tensor) -> bool:
     """Whether a transform is active, or has wrapped x: torch.func.vjp's function runs after it."""
     return are_active() or _functorch.is_functorch_wrapped_tensor(x)
 
 
 def asks_for_gradient(*tensors: Tensor | None) -> bool:
-    """Whether any of the tensors, or what a transform wrapped in it, requires a gradient."""
+    """Whether any of the tensors, or what a transform wrapped in it, requires a gradient.
+
+    While torch.compile traces, only the tensors themselves are looked at.
+    """
     for x in tensors:
         while x is not None:
             if x.requires_grad:
@@ -47,7 +50,10 @@ def asks_for_gradient(*tensors: Tensor | None) -> bool:
 
 
 def refuse_gradient(function: str, *tensors: Tensor | None) -> None:
-    """Raises where a transform of torch.func wants a gradient that function does not have."""
+    """Raises where a transform of torch.func wants a gradient that function does not have.
+
+    While torch.compile traces, ``refuse_compiled`` takes its place.
+    """
     if not torch.compiler.is_compiling() and are_active() and asks_for_gradient(*tensors):
         names = ", ".join(t.key().name.lower() for t in retrieve_all_functorch_interpreters())
         raise RuntimeError(
@@ -80,6 +86,14 @@ def raise_no_forward_mode(function: str) -> None:
     )
 
 
+def raise_no_randomness(function: str) -> None:
+    raise RuntimeError(
+        f"{function}: dropout_p > 0 draws random numbers, which vmap refuses with"
+        ' randomness="error" (the default): call vmap with randomness="same" for one mask, or'
+        ' with "different" for a mask of its own for each example'
+    )
+
+
 def with_randomness(function: str, x: Tensor) -> Tensor:
     """x, ready for dropout as vmap's ``randomness`` says.
 
@@ -92,11 +106,7 @@ def with_randomness(function: str, x: Tensor) -> Tensor:
         if t.key() == _functorch.TransformType.Vmap
     ]
     if "error" in kinds:
-        raise RuntimeError(
-            f"{function}: dropout_p > 0 draws random numbers, which vmap refuses with"
-            ' randomness="error" (the default): call vmap with randomness="same" for one mask, or'
-            ' with "different" for a mask of its own for each example'
-        )
+        raise_no_randomness(function)
     if "different" in kinds:
         return x + 0 * torch.rand((), dtype=x.dtype, device=x.device)
     return x

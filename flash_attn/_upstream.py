@@ -23,7 +23,7 @@ USE_TRITON_ROCM = False
 
 def round_multiple(x: int, m: int) -> int:
     """x rounded up to a multiple of m."""
-    return (x + m - 1) // m * m
+    return _ops.round_up(x, m)
 
 
 def _get_block_size_n(
