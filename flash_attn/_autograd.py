@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from flash_attn import _checks, _ops, _transforms, _vmap
-from flash_attn._arguments import Lengths
+from flash_attn._ops import Lengths
 from flash_attn._vmap import Statics, maybe_contiguous
 
 # The CUDA kernels copy whole 16-byte vectors: 8 elements of a 2-byte type.

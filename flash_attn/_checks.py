@@ -9,17 +9,21 @@ the device, it is called if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1. 
 has what only decoding needs.
 """
 
+from __future__ import annotations
+
 import math
 import operator
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import Lengths
 from flash_attn._head_dims import MAX_HEAD_DIM
+
+if TYPE_CHECKING:  # ``_ops`` imports this file
+    from flash_attn._ops import Lengths
 
 PAGE_SIZE_MULTIPLE = 16
 

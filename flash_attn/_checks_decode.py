@@ -5,13 +5,14 @@ Used by ``_decode`` before anything is launched, alike on every device; in the m
 waits for the device, it is called if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import Cache, Options
 from flash_attn._checks import (
     CPU_DTYPES,
     CUDA_DTYPES,
@@ -27,6 +28,9 @@ from flash_attn._checks import (
     shape_text,
 )
 from flash_attn.cpu.scores import compute_dtype
+
+if TYPE_CHECKING:  # ``_ops`` imports this file
+    from flash_attn._ops import Cache, Options
 
 # The attention kernels copy vectors of 8 elements; where head_dim is no multiple, a copy is padded.
 CACHE_VECTOR = 8

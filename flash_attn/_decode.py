@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_attn import _checks, _checks_decode, _ops, _transforms
-from flash_attn._arguments import Cache, Options
 from flash_attn._autograd import maybe_contiguous, split_score
+from flash_attn._ops import Cache, Options
 
 
 def flash_attn_with_kvcache(

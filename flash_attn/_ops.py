@@ -1,4 +1,4 @@
-"""The operators: schemas, shape functions, and who implements them on which device.
+"""The operators: arguments, schemas, shape functions, and who implements them on which device.
 
 Four operators have the names and the arguments of flash-attn 2.8, the package whose API this one has
 ("upstream"): code that is written for these names finds them in a profile, in a compiled graph and
@@ -7,7 +7,12 @@ in a checkpoint policy.  Ours follow upstream's arguments, with defaults.
 The CPU implementation is ``cpu.register``.  The CUDA implementation comes with the compiled extension
 ``flash_attn_2_cuda``, which registers itself when it is imported.  Without it everything but a call
 on CUDA tensors works.
+
+``cpu.register`` is imported last, because it needs this file.  ``_checks``, ``_checks_decode`` and
+``cpu.scores`` are imported before this file is complete: they import it for type checkers alone.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +20,9 @@ from torch import Tensor
 from flash_attn.cpu.scores import compute_dtype
 
 __all__ = [
+    "Cache",
+    "Lengths",
+    "Options",
     "backward",
     "backward_functional",
     "extension",
@@ -26,6 +34,52 @@ __all__ = [
     "varlen_backward_functional",
     "varlen_forward",
 ]
+
+
+# What the layers of this package hand on instead of long rows of arguments.
+
+
+class Options(NamedTuple):
+    """What attention is, beside its tensors."""
+
+    softmax_scale: float
+    causal: bool
+    window_left: int
+    window_right: int
+    softcap: float
+    alibi_slopes: Tensor | None
+    dropout_p: float
+    rng_state: Tensor | None
+
+
+class Lengths(NamedTuple):
+    """The sequences in packed rows.  Tensors are int32."""
+
+    cu_seqlens_q: Tensor  # (batch + 1,)
+    cu_seqlens_k: Tensor  # (batch + 1,)
+    seqused_k: Tensor | None  # (batch,): how many of a sequence's rows of k count
+    leftpad_k: Tensor | None  # (batch,): how many of these are skipped
+    block_table: Tensor | None  # (batch, max_blocks): the pages of k and v
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @property
+    def seqlens_k(self) -> Tensor:
+        """(batch,): the number of keys that queries may see."""
+        used = self.cu_seqlens_k.diff() if self.seqused_k is None else self.seqused_k
+        return used if self.leftpad_k is None else used - self.leftpad_k
+
+
+class Cache(NamedTuple):
+    """Queries and the cached keys that they attend to.  Tensors are int32."""
+
+    cu_seqlens_q: Tensor | None  # (batch + 1,); None: every sequence has as many queries
+    max_seqlen_q: int
+    cache_seqlens: Tensor | None  # (batch,): how many rows of a sequence are in the cache
+    cache_seqlen: int  # the same for all sequences, where cache_seqlens is None
+    cache_batch_idx: Tensor | None  # (batch,): a sequence's entry of the cache
+    cache_leftpad: Tensor | None  # (batch,): how many of a sequence's first rows are skipped
+    block_table: Tensor | None  # (batch, max_blocks): the pages of a sequence
 
 
 # Shapes.  Dense: q, dout, out (batch, seqlen_q, heads_q, head_dim); k, v (batch, seqlen_k, heads_k,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _checks, _checks_decode, _ops
-from flash_attn._arguments import Lengths
+from flash_attn._ops import Lengths
 
 USE_TRITON_ROCM = False
 

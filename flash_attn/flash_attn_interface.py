@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from flash_attn import _checks, _op_gradients, _ops, _upstream  # noqa: F401
-from flash_attn._arguments import Lengths
 from flash_attn._autograd import (
     attention,
     maybe_contiguous,  # noqa: F401
 )
 from flash_attn._decode import flash_attn_with_kvcache  # noqa: F401
 from flash_attn._merge import merge_states  # noqa: F401
+from flash_attn._ops import Lengths
 
 # Names that other libraries import from here.
 from flash_attn._upstream import (  # noqa: F401

@@ -394,8 +394,10 @@ from flash_attn import _ops
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 x = torch.zeros(1)
 rest = {"Tensor": x, "Optional[Tensor]": None, "float": 0.5, "bool": False, "int": 0, "SymInt": 0}
-for name in set(_ops.__all__) - {"extension"}:
-    op = getattr(_ops, name)
+named = {name: getattr(_ops, name) for name in _ops.__all__}
+operators = {name: x for name, x in named.items() if isinstance(x, torch._ops.OpOverload)}
+assert len(operators) == len(_ops.SCHEMAS)
+for name, op in operators.items():
     arguments = [rest[str(a.type)] for a in op._schema.arguments if not a.kwarg_only]
     try:
         op.redispatch(cuda, *arguments)

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import Options
+from flash_attn._ops import Options
 from flash_attn.cpu import torch_kernel
 from flash_attn.cpu.scores import BLOCK_M, BLOCK_N, Scores, arange, blocks, compute_dtype, own
 

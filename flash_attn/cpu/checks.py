@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import Cache, Lengths, Options
 from flash_attn._checks import CPU_DTYPES, MAX_HEAD_DIM, PAGE_SIZE_MULTIPLE
 from flash_attn._checks_decode import MAX_SPLITS, ROTARY_DIM_MULTIPLE
+from flash_attn._ops import Cache, Lengths, Options
 from flash_attn.cpu import philox
 from flash_attn.cpu.scores import compute_dtype
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import Cache, Lengths, Options
+from flash_attn._ops import Cache, Lengths, Options
 from flash_attn.cpu import varlen
 from flash_attn.cpu.scores import arange, compute_dtype, own
 

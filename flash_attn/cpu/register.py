@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_attn import _ops
-from flash_attn._arguments import Cache, Lengths, Options
 from flash_attn._checks import check_lengths, check_number
 from flash_attn._checks_decode import check_cache_contents
+from flash_attn._ops import Cache, Lengths, Options
 from flash_attn._overlap import check_written
 from flash_attn.cpu import attention, checks, decode, varlen
 from flash_attn.cpu.isolation import isolated

@@ -4,14 +4,19 @@ Used by ``attention``, which walks over the tiles.  Query i of a sequence stands
 i + shift, shift = seqlen_k - seqlen_q: the last query at the last key.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import Options
 from flash_attn.cpu import philox
+
+if TYPE_CHECKING:  # ``_ops`` imports this file
+    from flash_attn._ops import Options
 
 # Large enough that a tile's matrix products outweigh the cost of calling torch, small enough that a
 # tile of a few heads stays in the cache.
@@ -29,7 +34,7 @@ class Visibility:
     right: int | None
 
     @classmethod
-    def of(cls, seqlen_q: int, seqlen_k: int, options: Options) -> "Visibility":
+    def of(cls, seqlen_q: int, seqlen_k: int, options: Options) -> Visibility:
         left = options.window_left if options.window_left >= 0 else None
         right = options.window_right if options.window_right >= 0 else None
         return cls(seqlen_q, seqlen_k, left, 0 if options.causal else right)
@@ -107,7 +112,7 @@ class Scores:
     heads: Tensor  # (n, group): sequence * heads_q + head_q
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, options: Options, sequences: Tensor | None) -> "Scores":
+    def of(cls, q: Tensor, k: Tensor, options: Options, sequences: Tensor | None) -> Scores:
         """For all heads of q (batch, seqlen_q, heads_q, d) and k (batch, seqlen_k, heads_k, d).
 
         sequences: (batch,), the number of each batch entry among all sequences; None: 0, 1, ...
@@ -136,7 +141,7 @@ class Scores:
             (sequences[:, None] * heads_q + arange(heads_q)).view(by_key_head),
         )
 
-    def part(self, part: slice | Tensor) -> "Scores":
+    def part(self, part: slice | Tensor) -> Scores:
         """The same for some of the key heads, which may be given by their numbers."""
         slopes = None if self.slopes is None else self.slopes[part]
         return replace(self, slopes=slopes, heads=self.heads[part])

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import Options
+from flash_attn._ops import Options
 from flash_attn.cpu.scores import Visibility, are_plain, compute_dtype, own
 
 # In bf16 the kernel's exponential is off by up to 6e-5, which is then the error of an lse of few keys;

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import Lengths, Options
+from flash_attn._ops import Lengths, Options
 from flash_attn.cpu import attention
 from flash_attn.cpu.scores import arange, compute_dtype
 
