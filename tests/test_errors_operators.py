@@ -312,6 +312,11 @@ BAD = {
     "cu_q_strided": Bad(
         VARLEN, strided("cu_seqlens_q"), "cu_seqlens_q must be contiguous; got strides [2]"
     ),
+    "no_sequences": Bad(
+        (*VARLEN, pages),
+        all_of(ints("cu_seqlens_q", 0), ints("cu_seqlens_k", 0)),
+        "cu_seqlens_q: batch size must be positive; got [1]",
+    ),
     "seqused_of_3": Bad(
         (varlen_forward,), ints("seqused_k", 1, 2, 3), "seqused_k: must have shape (2); got [3]"
     ),

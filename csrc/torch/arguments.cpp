@@ -69,6 +69,8 @@ void set_lengths(Problem& problem, Lengths const& lengths, at::Tensor const& q,
   int64_t const batch = lengths.batch();
   check_integers(lengths.cu_seqlens_q, "cu_seqlens_q", q, batch + 1);
   check_integers(lengths.cu_seqlens_k, "cu_seqlens_k", q, batch + 1);
+  TORCH_CHECK(batch > 0, "cu_seqlens_q: batch size must be positive; got ",
+              lengths.cu_seqlens_q.sizes());
   if (lengths.seqused_k) { check_integers(*lengths.seqused_k, "seqused_k", q, batch); }
   if (lengths.leftpad_k) { check_integers(*lengths.leftpad_k, "leftpad_k", q, batch); }
   auto const data = [](OptionalTensor const& tensor) {

@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "kernels/head_dims.h"
+
 namespace flash {
 
 inline void check_device(at::Tensor const& tensor, char const* name, at::Tensor const& q) {
@@ -61,8 +63,8 @@ inline void check_qkv(at::Tensor const& q, at::Tensor const& k, at::Tensor const
               q.sizes(), " and ", k.sizes());
   int64_t const heads_q = q.size(-2), heads_kv = k.size(-2), head_dim = q.size(-1);
   TORCH_CHECK(dims == 3 || q.size(0) > 0, "q: batch size must be positive; got ", q.sizes());
-  TORCH_CHECK(head_dim <= 256 && head_dim % 8 == 0 && head_dim > 0,
-              "q: head_dim must be a multiple of 8 from 8 to 256; got ", head_dim);
+  TORCH_CHECK(head_dim <= kMaxHeadDim && head_dim % 8 == 0 && head_dim > 0,
+              "q: head_dim must be a multiple of 8 from 8 to ", kMaxHeadDim, "; got ", head_dim);
   TORCH_CHECK(heads_kv > 0 && heads_q % heads_kv == 0,
               "k: Number of heads in key/value must divide number of heads in query; got ",
               heads_kv, " and ", heads_q);

@@ -7,6 +7,7 @@
 
 #include <limits>
 
+#include "kernels/head_dims.h"
 #include "torch/checks.h"
 #include "torch/convert.h"
 #include "torch/operators.h"
@@ -36,9 +37,9 @@ void check_cache(at::Tensor const& q, at::Tensor const& k_cache, at::Tensor cons
   int64_t const dims = arguments.cu_seqlens_q ? 3 : 4, head_dim = q.size(-1);
   TORCH_CHECK(q.dim() == dims && k_cache.dim() == 4, "q must have ", dims,
               " dimensions and k_cache 4; got ", q.sizes(), " and ", k_cache.sizes());
-  TORCH_CHECK(head_dim <= 256 && head_dim > 0,
-              "q: FlashAttention only supports head dimension at most 256, and at least 1; got ",
-              head_dim);
+  TORCH_CHECK(head_dim <= kMaxHeadDim && head_dim > 0,
+              "q: FlashAttention only supports head dimension at most ", kMaxHeadDim,
+              ", and at least 1; got ", head_dim);
   int64_t const heads_q = q.size(-2), heads_kv = k_cache.size(2);
   TORCH_CHECK(heads_kv > 0 && heads_q % heads_kv == 0,
               "k_cache: Number of heads in key/value must divide number of heads in query; got ",
@@ -230,7 +231,9 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
                                                 Append const* rows) {
   check_cache(q_in, k_cache, v_cache, arguments);
   int64_t const batch = arguments.cu_seqlens_q ? arguments.cu_seqlens_q->numel() - 1 : q_in.size(0);
-  TORCH_CHECK(batch > 0, "q: batch size must be positive; got ", q_in.sizes());
+  TORCH_CHECK(batch > 0, arguments.cu_seqlens_q ? "cu_seqlens_q" : "q",
+              ": batch size must be positive; got ",
+              arguments.cu_seqlens_q ? arguments.cu_seqlens_q->sizes() : q_in.sizes());
   check_lengths(q_in, k_cache, batch, arguments);
   TORCH_CHECK(num_splits >= 0 && num_splits <= 128,
               "num_splits > 128 not supported, nor negative ones; got ", num_splits);

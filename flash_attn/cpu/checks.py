@@ -255,7 +255,8 @@ def check_cache(
             )
     cu_seqlens_q = cache.cu_seqlens_q
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
-    _check_batch(batch, "q", q)
+    name, counted = ("q", q) if cu_seqlens_q is None else ("cu_seqlens_q", cu_seqlens_q)
+    _check_batch(batch, name, counted)
     _check_sequences(q, k_cache, batch, cache)
     if not 0 <= num_splits <= MAX_SPLITS:
         raise RuntimeError(

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <optional>
 
+#include "kernels/head_dims.h"
 #include "torch/fast_path/fast_path.h"
 #include "torch/fast_path/node.h"
 
@@ -73,7 +74,7 @@ struct Inputs {
 
 // q, k and v whose shapes, dtypes, devices and layouts the operators take as they are.  dims: 4, or 3 for ragged tensors.
 std::optional<Inputs> served_inputs(PyObject* const* arguments, int64_t dims) {
-  constexpr int64_t kMaxHeadDim = 256, kHeadDimMultiple = 8;
+  constexpr int64_t kHeadDimMultiple = 8;
   at::Tensor const *q_given = plain_tensor(arguments[0]), *k_given = plain_tensor(arguments[1]),
                    *v_given = plain_tensor(arguments[2]);
   if (!q_given || !k_given || !v_given) { return {}; }
