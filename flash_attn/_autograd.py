@@ -243,7 +243,8 @@ def attention(
     # Zeros in the padding change neither q k^T nor the gradients of the real columns.
     padding = -head_dim % CUDA_HEAD_DIM_MULTIPLE if x.is_cuda else 0
     if padding:
-        x, y, z = (None if t is None else F.pad(t, (0, padding)) for t in (x, y, z))
+        x = F.pad(x, (0, padding))
+        y, z = (None if t is None else F.pad(t, (0, padding)) for t in (y, z))
     x, y, z = maybe_contiguous(x), maybe_contiguous(y), maybe_contiguous(z)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach()  # no gradient, not even a missing one
@@ -333,11 +334,13 @@ def _unpack(
     x: Tensor, y: Tensor | None = None, z: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v: views."""
-    if z is not None:
-        return x, y, z
-    if y is not None:
-        return x, *y.unbind(-3)
-    return x.unbind(-3)
+    if y is None:
+        q, k, v = x.unbind(-3)
+        return q, k, v
+    if z is None:
+        k, v = y.unbind(-3)
+        return x, k, v
+    return x, y, z
 
 
 def _pack(

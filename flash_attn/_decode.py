@@ -136,7 +136,7 @@ def flash_attn_with_kvcache(
     if seqlens is None and cache_seqlens is not None:
         seqlen = _checks.resolve_integer("cache_seqlens", cache_seqlens)
     # How many keys are new is not known here with cu_seqlens_q.
-    seqlen_new = k.shape[1] if is_new and cu_seqlens_q is None else 0
+    seqlen_new = k.shape[1] if k is not None and cu_seqlens_q is None else 0
     if seqlens is None or seqlen_new > capacity:
         at_least = seqlen if seqlens is None else 0
         _checks_decode.check_capacity(at_least, seqlen_new, capacity, block_table is not None)
@@ -147,16 +147,16 @@ def flash_attn_with_kvcache(
     cache = (cu_seqlens_q, max_seqlen_q, seqlens, seqlen, *indices)
     numbers, scale, cap = split_score("flash_attn_with_kvcache", score)
     if _checks.device_data_is_checked(q):
-        options = Options(*numbers, alibi_slopes, 0.0, None)
-        contents = q, k_cache, k, rotary_cos, Cache(*cache), options
-        _checks_decode.check_cache_contents(*contents)
+        checked = Cache(*cache), Options(*numbers, alibi_slopes, 0.0, None)
+        _checks_decode.check_cache_contents(q, k_cache, k, rotary_cos, *checked)
 
     head_dim = q.shape[-1]
     padding = k_cache.shape[3] - head_dim
     if k_cache.is_cuda and k_cache.shape[3] % _checks_decode.CACHE_VECTOR != 0:
         _warn_of_copies()
     if padding:
-        q, k, v = (None if x is None else F.pad(x, (0, padding)) for x in (q, k, v))
+        q = F.pad(q, (0, padding))
+        k, v = (None if x is None else F.pad(x, (0, padding)) for x in (k, v))
     q = maybe_contiguous(q)
     options = (*cache, *numbers, alibi_slopes, num_splits)
     ours = dict(softmax_scale_tensor=scale, softcap_tensor=cap)

@@ -97,8 +97,8 @@ class MergeStates(torch.autograd.Function):
             folded = [_vmap.fold_batch(x, d, size) for x, d in zip(states, dims)]
             out, lse = TransformedMergeStates.apply(*folded)
             return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
-        folded = [_vmap.fold_heads(x, d, size, -2) for x, d in zip(states, dims)]
-        out, lse = TransformedMergeStates.apply(*(x.contiguous() for x in folded))
+        as_heads = (_vmap.fold_heads(x, d, size, -2) for x, d in zip(states, dims))
+        out, lse = TransformedMergeStates.apply(*(x.contiguous() for x in as_heads))
         (out, dim), (lse, lse_dim) = (_vmap.unfold_heads(x, size, -2) for x in (out, lse))
         return (out, lse), (dim, lse_dim)
 
@@ -123,6 +123,7 @@ def _gradients_of_part(
     is_empty = lse_part.isinf()
     weight = (lse_part.masked_fill(is_empty, -math.inf) - lse.masked_fill(is_empty, 0)).exp()
     if dout is None:
+        assert dlse is not None  # somebody wants a gradient
         return None, (weight * dlse).masked_fill(is_empty, 0)
     by_row = weight.transpose(-1, -2).unsqueeze(-1)  # (..., seqlen, heads, 1)
     dout = dout.to(weight.dtype)

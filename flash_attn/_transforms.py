@@ -8,7 +8,7 @@ outermost.
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
 
 
 def are_active() -> bool:
@@ -103,7 +103,7 @@ def with_randomness(function: str, x: Tensor) -> Tensor:
     kinds = [
         t.randomness()
         for t in retrieve_all_functorch_interpreters()
-        if t.key() == _functorch.TransformType.Vmap
+        if isinstance(t, VmapInterpreter)
     ]
     if "error" in kinds:
         raise_no_randomness(function)

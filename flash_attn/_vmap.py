@@ -7,7 +7,7 @@ key head ``i * heads_k + h // group``, as it did before.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -127,6 +127,10 @@ def _fold_slopes(
     return fold_slopes(slopes, dim, size, batch)
 
 
+@overload
+def maybe_contiguous(x: Tensor) -> Tensor: ...
+@overload
+def maybe_contiguous(x: Tensor | None) -> Tensor | None: ...
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     """x with a contiguous last dimension: x itself where it has one, else a copy."""
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
@@ -145,6 +149,10 @@ def fold_batch(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return x.flatten(0, 1)
 
 
+@overload
+def fold_heads(x: Tensor, dim: int | None, size: int, heads_dim: int) -> Tensor: ...
+@overload
+def fold_heads(x: Tensor | None, dim: int | None, size: int, heads_dim: int) -> Tensor | None: ...
 def fold_heads(x: Tensor | None, dim: int | None, size: int, heads_dim: int) -> Tensor | None:
     """The same with heads, at heads_dim from the end (-1, -2, ...), in the place of the batch."""
     if x is None:

@@ -147,8 +147,8 @@ def flash_attn_func(
     )
     return attention(
         "flash_attn_func",
-        *(q, k, v, None),
-        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
+        *(q, k, v, None, score),
+        *(alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -181,8 +181,8 @@ def flash_attn_kvpacked_func(
     )
     return attention(
         "flash_attn_kvpacked_func",
-        *(q, kv, None, None),
-        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
+        *(q, kv, None, None, score),
+        *(alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -214,8 +214,8 @@ def flash_attn_qkvpacked_func(
     )
     return attention(
         "flash_attn_qkvpacked_func",
-        *(qkv, None, None, None),
-        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
+        *(qkv, None, None, None, score),
+        *(alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -298,15 +298,15 @@ def flash_attn_varlen_func(
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     _checks.check_varlen(q, k, v, lengths)
     _checks.check_no_dropout_of_pages(block_table, dropout_p)
+    batch = cu_seqlens_q.shape[0] - 1
     score = _checks.check_options(
-        *(q, cu_seqlens_q.shape[0] - 1, dropout_p),
-        *(softmax_scale, causal, window_size, softcap, alibi_slopes),
+        q, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
     _checks.check_lengths_on_demand(q, k, lengths)
     return attention(
         "flash_attn_varlen_func",
-        *(q, k, v, lengths),
-        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
+        *(q, k, v, lengths, score),
+        *(alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -336,16 +336,17 @@ def flash_attn_varlen_kvpacked_func(
     """
     _checks.check_packed("kv", kv, 2, "(total_k, 2, heads_k, head_dim)")
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _checks.check_varlen(q, *kv.unbind(1), lengths)
+    k, v = kv.unbind(1)
+    _checks.check_varlen(q, k, v, lengths)
+    batch = cu_seqlens_q.shape[0] - 1
     score = _checks.check_options(
-        *(q, cu_seqlens_q.shape[0] - 1, dropout_p),
-        *(softmax_scale, causal, window_size, softcap, alibi_slopes),
+        q, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
     _checks.check_lengths_on_demand(q, kv, lengths)
     return attention(
         "flash_attn_varlen_kvpacked_func",
-        *(q, kv, None, lengths),
-        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
+        *(q, kv, None, lengths, score),
+        *(alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -374,16 +375,17 @@ def flash_attn_varlen_qkvpacked_func(
     """
     _checks.check_packed("qkv", qkv, 3, "(total, 3, heads, head_dim)")
     lengths = _lengths(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    _checks.check_varlen(*qkv.unbind(1), lengths)
+    q, k, v = qkv.unbind(1)
+    _checks.check_varlen(q, k, v, lengths)
+    batch = cu_seqlens.shape[0] - 1
     score = _checks.check_options(
-        *(qkv, cu_seqlens.shape[0] - 1, dropout_p),
-        *(softmax_scale, causal, window_size, softcap, alibi_slopes),
+        qkv, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
     _checks.check_lengths_on_demand(qkv, qkv, lengths)
     return attention(
         "flash_attn_varlen_qkvpacked_func",
-        *(qkv, None, None, lengths),
-        *(score, alibi_slopes, dropout_p, deterministic, return_attn_probs),
+        *(qkv, None, None, lengths, score),
+        *(alibi_slopes, dropout_p, deterministic, return_attn_probs),
     )
 
 

@@ -43,27 +43,27 @@ def attention_forward(
     heads_k, is_causal = k.shape[2], torch_kernel.mask_of(q, k, options)
     if is_causal is None:
         scores = Scores.of(q, k, options, sequences)
-        outs, lses = _forward(*(_by_key_head(x, heads_k) for x in (q, k, v)), scores)
+        outs, lses = _forward(scores, *(_by_key_head(x, heads_k) for x in (q, k, v)))
         return _like(outs, q), own(lses.view(q.shape[0], q.shape[2], q.shape[1]))
     out, lse, wrong = torch_kernel.forward(q, k, v, is_causal, options.softmax_scale)
     if wrong is not None:
         parts = (_by_key_head(x, heads_k)[wrong] for x in (q, k, v))
-        outs, lses = _forward(*parts, Scores.of(q, k, options, sequences).part(wrong))
+        outs, lses = _forward(Scores.of(q, k, options, sequences).part(wrong), *parts)
         _replace(out, heads_k, wrong, outs)
         _replace(lse.mT.unsqueeze(-1), heads_k, wrong, lses.unsqueeze(-1))
     return out, lse
 
 
-def _forward(qs: Tensor, ks: Tensor, vs: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+def _forward(scores: Scores, qs: Tensor, ks: Tensor, vs: Tensor) -> tuple[Tensor, Tensor]:
     """outs (n, group, seqlen_q, head_dim) and lses (n, group, seqlen_q)."""
     outs, lses = qs.new_empty(qs.shape), qs.new_empty(qs.shape[:-1])
     for part in _parts(qs, ks):
-        _forward_part(*(x[part] for x in (qs, ks, vs, outs, lses)), scores.part(part))
+        _forward_part(scores.part(part), *(x[part] for x in (qs, ks, vs, outs, lses)))
     return outs, lses
 
 
 def _forward_part(
-    qs: Tensor, ks: Tensor, vs: Tensor, outs: Tensor, lses: Tensor, scores: Scores
+    scores: Scores, qs: Tensor, ks: Tensor, vs: Tensor, outs: Tensor, lses: Tensor
 ) -> None:
     """Fills outs (n, group, seqlen_q, head_dim) and lses (n, group, seqlen_q)."""
     for rows in _query_blocks(qs):
@@ -112,33 +112,31 @@ def attention_backward(
     delta = rowsum(dO * O) - dlse, and dV = (D * P)^T dO.  Every sum has a fixed order.
     """
     heads_k, is_causal = k.shape[2], torch_kernel.mask_of(q, k, options)
-    rows = (
-        x if x is None else x.mT.unsqueeze(-1) for x in (lse, dlse)
-    )  # (batch, seqlen_q, heads_q, 1)
-    tensors = dout, q, k, v, out, *rows
+    tensors = dout, q, k, v, out, lse.mT.unsqueeze(-1)  # lse (batch, seqlen_q, heads_q, 1)
     if dlse is not None or is_causal is None:
         scores = Scores.of(q, k, options, sequences)
-        parts = (x if x is None else _by_key_head(x, heads_k) for x in tensors)
-        dqs, dks, dvs = _backward(*parts, scores)
+        dlses = None if dlse is None else _by_key_head(dlse.mT.unsqueeze(-1), heads_k)
+        parts = (_by_key_head(x, heads_k) for x in tensors)
+        dqs, dks, dvs = _backward(scores, dlses, *parts)
         return _like(dqs, q), _like(dks, k), _like(dvs, v)
     grads, wrong = torch_kernel.backward(dout, q, k, v, out, lse, is_causal, options.softmax_scale)
     if wrong is not None:
-        parts = (x if x is None else _by_key_head(x, heads_k)[wrong] for x in tensors)
+        parts = (_by_key_head(x, heads_k)[wrong] for x in tensors)
         scores = Scores.of(q, k, options, sequences).part(wrong)
-        for grad, values in zip(grads, _backward(*parts, scores)):
+        for grad, values in zip(grads, _backward(scores, None, *parts)):
             _replace(grad, heads_k, wrong, values)
     return grads
 
 
 def _backward(
+    scores: Scores,
+    dlses: Tensor | None,
     douts: Tensor,
     qs: Tensor,
     ks: Tensor,
     vs: Tensor,
     outs: Tensor,
     lses: Tensor,
-    dlses: Tensor | None,
-    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dqs (n, group, seqlen_q, head_dim); dks and dvs (n, 1, seqlen_k, head_dim)."""
     dqs, dks, dvs = qs.new_zeros(qs.shape), ks.new_empty(ks.shape), vs.new_empty(vs.shape)
@@ -148,11 +146,12 @@ def _backward(
     douts = douts * scores.dropout_scale  # D = keep / (1 - p) comes only with dO
     for part in _parts(qs, ks):
         tensors = (douts, qs, ks, vs, lses, deltas, dqs, dks, dvs)
-        _backward_part(*(x[part] for x in tensors), scores.part(part))
+        _backward_part(scores.part(part), *(x[part] for x in tensors))
     return dqs, dks, dvs
 
 
 def _backward_part(
+    scores: Scores,
     douts: Tensor,
     qs: Tensor,
     ks: Tensor,
@@ -162,7 +161,6 @@ def _backward_part(
     dqs: Tensor,
     dks: Tensor,
     dvs: Tensor,
-    scores: Scores,
 ) -> None:
     """Adds to dqs (n, group, seqlen_q, head_dim); fills dks and dvs (n, 1, seqlen_k, head_dim)."""
     for cols in blocks(slice(0, ks.shape[2]), BLOCK_N):

@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 # What products of fp32 matrices may be computed in; other settings round the factors to 16 or 19 bits.
 EXACT = ("ieee", "none")
-_MATMUL = torch.backends.mkldnn.matmul
+_MATMUL = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch adds it at run time
 _SMALLEST_NORMAL = sys.float_info.min
 
 
@@ -33,6 +33,9 @@ class _ExactProducts:
     """
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
         self._outer = EXACT[0]
@@ -61,7 +64,7 @@ class _ExactProducts:
         """After a fork, which keeps none of the other threads."""
         if self._inside:
             self._restore()
-        self.__init__()
+        self._start()
 
 
 _exact_products = _ExactProducts()

@@ -5,6 +5,8 @@ on they are grouped: ``Options``, ``Lengths``, ``Cache``.  Dense and variable le
 implementation: ``lengths`` is None where tensors have a batch dimension.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -224,15 +226,20 @@ def _varlen_backward(
     return _softmax_d(dout, out, len(cu_seqlens_q) - 1, return_softmax_d)
 
 
-def _cache_options(arguments: tuple, numbers: dict[str, Tensor | None]) -> tuple[Cache, Options]:
-    """From the arguments after the tensors."""
-    score, alibi_slopes = arguments[7:12], arguments[12]
-    return Cache(*arguments[:7]), _options(0.0, *score, alibi_slopes, None, **numbers)
+def _cache_options(
+    arguments: tuple, softmax_scale_tensor: Tensor | None, softcap_tensor: Tensor | None
+) -> tuple[Cache, Options]:
+    """From the arguments after the tensors, and the numbers that are tensors."""
+    softmax_scale, causal, left, right, softcap, alibi_slopes = arguments[7:13]
+    options = _options(
+        *(0.0, softmax_scale, causal, left, right, softcap, alibi_slopes),
+        *(None, softmax_scale_tensor, softcap_tensor),
+    )
+    return Cache(*arguments[:7]), options
 
 
 def _kvcache(q, k_cache, v_cache, *arguments, softmax_scale_tensor=None, softcap_tensor=None):
-    numbers = dict(softmax_scale_tensor=softmax_scale_tensor, softcap_tensor=softcap_tensor)
-    cache, options = _cache_options(arguments, numbers)
+    cache, options = _cache_options(arguments, softmax_scale_tensor, softcap_tensor)
     checks.check_cache(q, k_cache, v_cache, cache, options, arguments[13])
     check_cache_contents(q, k_cache, None, None, cache, options)
     return decode.decode_forward(q, k_cache, v_cache, cache, options)
@@ -242,8 +249,7 @@ def _kvcache_append(
     q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, rotary_interleaved, *arguments,
     softmax_scale_tensor=None, softcap_tensor=None,
 ):  # fmt: skip
-    numbers = dict(softmax_scale_tensor=softmax_scale_tensor, softcap_tensor=softcap_tensor)
-    cache, options = _cache_options(arguments, numbers)
+    cache, options = _cache_options(arguments, softmax_scale_tensor, softcap_tensor)
     checks.check_cache(q, k_cache, v_cache, cache, options, arguments[13])
     checks.check_new_rows(q, k_cache, k, v, rotary_cos, rotary_sin)
     check_written({"k_cache": k_cache, "v_cache": v_cache})
@@ -257,7 +263,7 @@ def _merge_states(out_a, lse_a, out_b, lse_b):
     return decode.merge_states(out_a, lse_a, out_b, lse_b)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
     "_flash_attn_forward": _forward_dense,
     "_flash_attn_varlen_forward": _forward_varlen,
     "_flash_attn_backward": _backward,

@@ -177,6 +177,7 @@ class Scores:
         """Which weights of a tile dropout keeps, bool (n, group * rows, cols); None: all."""
         if self.dropout_p == 0:
             return None
+        assert self.rng_state is not None  # ``of`` has seen to it
         keep = philox.keep_mask(self.rng_state, self.dropout_p, self.heads.flatten(), rows, cols)
         return keep.unflatten(0, self.heads.shape).flatten(1, 2)
 

@@ -253,4 +253,6 @@ def _map_rotation(
             [arg] * size if dim is None else arg.unbind(dim) for arg, dim in zip(args, in_dims)
         ]
         out = torch.stack([function.apply(*row) for row in zip(*columns)])
-    return (args[0].copy_(out.movedim(0, x_dim)), x_dim) if is_inplace else (out, 0)
+    if is_inplace and x_dim is not None:
+        return args[0].copy_(out.movedim(0, x_dim)), x_dim
+    return out, 0

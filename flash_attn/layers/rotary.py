@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+# cos and sin of queries, and with xPos the keys' own.
+Tables = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
 def _no_tables() -> dict[str, Any]:
     """A module's attributes before its first call."""
     return dict(
@@ -71,12 +75,14 @@ class RotaryEmbedding(ConstantsModule):
     """
 
     _constants = ("inv_freq", "scale")
+    _inv_freq: Tensor
+    _scale: Tensor | None
     _seq_len_cached: int
     _cos_cached: Tensor | None
     _sin_cached: Tensor | None
     _cos_k_cached: Tensor | None
     _sin_k_cached: Tensor | None
-    _captured_tables: list[tuple[Tensor | None, ...]]
+    _captured_tables: list[Tables]
 
     def __init__(
         self,
@@ -103,7 +109,7 @@ class RotaryEmbedding(ConstantsModule):
 
     @property
     def inv_freq(self) -> Tensor:
-        return self._constant("inv_freq")
+        return self._present_constant("inv_freq")
 
     @inv_freq.setter
     def inv_freq(self, value: Tensor) -> None:
@@ -118,6 +124,11 @@ class RotaryEmbedding(ConstantsModule):
     def scale(self, value: Tensor | None) -> None:
         self._set_constant("scale", value)
         self._seq_len_cached = 0
+
+    def _present_constant(self, name: str, device: torch.device | None = None) -> Tensor:
+        constant = self._constant(name, device)
+        assert constant is not None
+        return constant
 
     def _compute_constant(self, name: str, device: torch.device | str | None) -> Tensor | None:
         if name == "inv_freq":
@@ -151,16 +162,14 @@ class RotaryEmbedding(ConstantsModule):
         self, name: str, exact: Callable[..., Tensor], device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """A constant for tables of this dtype: with more bits for fp64 where it is our own."""
-        constant = self._constant(name, device)
+        constant = self._present_constant(name, device)
         if dtype == torch.float64:
             wide = exact(device)
             return torch.where(wide.float() == constant, wide, constant.double())
         return constant if self.pos_idx_in_fp32 else constant.to(self._dtype)
 
     @torch.no_grad()
-    def _make_tables(
-        self, seqlen: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _make_tables(self, seqlen: int, device: torch.device, dtype: torch.dtype) -> Tables:
         """cos and sin of positions 0 to seqlen, and with xPos those of the keys."""
         inv_freq = self._in_precision("inv_freq", self._exact_inv_freq, device, dtype)
         position = torch.arange(seqlen, device=device, dtype=inv_freq.dtype)
@@ -168,12 +177,15 @@ class RotaryEmbedding(ConstantsModule):
         cos, sin = angles.cos(), angles.sin()
         if self._scale is None:
             return cos.to(dtype), sin.to(dtype), None, None
+        if self.scale_base is None:
+            raise RuntimeError("scale needs scale_base, an argument of RotaryEmbedding; got None")
         # Only differences of positions count; the middle keeps both powers in range.
         power = (position - seqlen // 2) / self.scale_base
         scale = self._in_precision("scale", self._exact_scale, device, dtype)
         scale = scale ** power.unsqueeze(-1)
         tables = cos * scale, sin * scale, cos / scale, sin / scale
-        return tuple(table.to(dtype) for table in tables)
+        cos, sin, cos_k, sin_k = (table.to(dtype) for table in tables)
+        return cos, sin, cos_k, sin_k
 
     def _update_cos_sin_cache(
         self,
@@ -211,10 +223,12 @@ class RotaryEmbedding(ConstantsModule):
             self._captured_tables.append(self._cached_tables())
         return True
 
-    def _cached_tables(self) -> tuple[Tensor | None, ...]:
-        return self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached
+    def _cached_tables(self) -> Tables:
+        cos, sin = self._cos_cached, self._sin_cached
+        assert cos is not None and sin is not None
+        return cos, sin, self._cos_k_cached, self._sin_k_cached
 
-    def _tables_for(self, qkv: Tensor, seqlen: int) -> tuple[Tensor | None, ...]:
+    def _tables_for(self, qkv: Tensor, seqlen: int) -> Tables:
         """The tables of positions 0 to seqlen for qkv."""
         is_ours = type(self)._update_cos_sin_cache is RotaryEmbedding._update_cos_sin_cache
         if isinstance(qkv, FakeTensor):
@@ -266,16 +280,21 @@ class RotaryEmbedding(ConstantsModule):
                 offset = int(offset.max()) if offset.numel() else 0
             seqlen = qkv.shape[1] if kv is None else max(qkv.shape[1], kv.shape[1])
             max_seqlen = seqlen + offset
-        cos, sin, *tables_k = self._tables_for(qkv, max_seqlen)
-        tables = cos, sin  # tables_k: None without xPos
-        ragged = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        cos, sin, cos_k, sin_k = self._tables_for(qkv, max_seqlen)
+        how = self.interleaved, seqlen_offset
         if kv is None:
             return apply_rotary_emb_qkv_(
-                qkv, *tables, *tables_k, self.interleaved, seqlen_offset, num_heads_q, **ragged
+                *(qkv, cos, sin, cos_k, sin_k, *how, num_heads_q),
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
             )
-        q = apply_rotary_emb(qkv, *tables, self.interleaved, True, seqlen_offset, **ragged)
-        if cu_seqlens_k is not None:
-            ragged["cu_seqlens"] = cu_seqlens_k
-        if tables_k[0] is None:
-            tables_k = tables
-        return q, apply_rotary_emb_kv_(kv, *tables_k, self.interleaved, seqlen_offset, **ragged)
+        q = apply_rotary_emb(
+            qkv, cos, sin, self.interleaved, True, seqlen_offset, cu_seqlens, max_seqlen
+        )
+        if cos_k is None or sin_k is None:
+            cos_k, sin_k = cos, sin
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens
+        return q, apply_rotary_emb_kv_(
+            kv, cos_k, sin_k, *how, cu_seqlens=cu_seqlens_k, max_seqlen=max_seqlen
+        )

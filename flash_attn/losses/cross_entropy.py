@@ -57,7 +57,7 @@ class CrossEntropyLoss(nn.Module):
             target: (rows,), int32 or int64.
             precomputed_lse: (rows,): see ``cross_entropy_loss``.
         """
-        results = cross_entropy_loss(
+        loss, z_loss = cross_entropy_loss(
             input,
             target,
             precomputed_lse,
@@ -69,8 +69,8 @@ class CrossEntropyLoss(nn.Module):
             self.process_group,
         )
         if self.reduction != "none":
-            results = tuple(x.sum() for x in results)
+            loss, z_loss = loss.sum(), z_loss.sum()
         if self.reduction == "mean":
             counted = (target != self.ignore_index).sum()
-            results = tuple(x / counted for x in results)
-        return results if self.return_z_loss else results[0]
+            loss, z_loss = loss / counted, z_loss / counted
+        return (loss, z_loss) if self.return_z_loss else loss

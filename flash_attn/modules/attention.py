@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ __all__ = [
     "get_alibi_slopes",
     "shared_option",
 ]
+
+T = TypeVar("T")
 
 
 def get_alibi_slopes(nheads: int) -> list[float]:
@@ -56,6 +58,7 @@ class _Attention(ConstantsModule):
     """The options of attention: see ``FlashSelfAttention``."""
 
     _constants = ("alibi_slopes",)
+    _alibi_slopes: Tensor | None
 
     def __init__(
         self,
@@ -101,13 +104,16 @@ class _Attention(ConstantsModule):
 
     def _compute_constant(self, name: str, device: torch.device | str | None) -> Tensor | None:
         given = self._slopes_given
-        if isinstance(given, Tensor) and given.is_meta and torch.device(device).type != "meta":
+        is_without_values = isinstance(given, Tensor) and given.is_meta
+        if is_without_values and device is not None and torch.device(device).type != "meta":
             raise RuntimeError(
                 f"{name} has no values: the tensor given is on the meta device; give numbers, or"
                 f" assign {name}"
             )
         if isinstance(given, Tensor) and in_fake_mode():
-            given = detect_fake_mode().from_tensor(given)
+            mode = detect_fake_mode()
+            assert mode is not None  # in_fake_mode has found it
+            given = mode.from_tensor(given)
         return None if given is None else torch.as_tensor(given, device=device, dtype=torch.float32)
 
     def _options(self, causal: bool | None, device: torch.device) -> dict[str, Any]:
@@ -159,7 +165,7 @@ class FlashSelfAttention(_Attention):
         options = self._options(causal, qkv.device)
         if cu_seqlens is None:
             return flash_attn_qkvpacked_func(qkv, **options)
-        _check_given(max_seqlen=max_seqlen)
+        max_seqlen = _given("max_seqlen", max_seqlen)
         return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **options)
 
 
@@ -198,7 +204,9 @@ class FlashCrossAttention(_Attention):
         options = self._options(causal, q.device)
         if cu_seqlens is None:
             return flash_attn_kvpacked_func(q, kv, **options)
-        _check_given(max_seqlen=max_seqlen, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k)
+        max_seqlen = _given("max_seqlen", max_seqlen)
+        cu_seqlens_k = _given("cu_seqlens_k", cu_seqlens_k)
+        max_seqlen_k = _given("max_seqlen_k", max_seqlen_k)
         return flash_attn_varlen_kvpacked_func(
             q, kv, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, **options
         )
@@ -231,7 +239,7 @@ class SelfAttention(FlashSelfAttention):
     ) -> None:
         super().__init__(causal, softmax_scale, attention_dropout)
 
-    def forward(
+    def forward(  # type: ignore[override]  # upstream's: a mask in the place of lengths
         self, qkv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None
     ) -> Tensor:
         """Attention.
@@ -271,7 +279,7 @@ class CrossAttention(FlashCrossAttention):
     ) -> None:
         super().__init__(causal, softmax_scale, attention_dropout)
 
-    def forward(
+    def forward(  # type: ignore[override]  # upstream's: a mask in the place of lengths
         self,
         q: Tensor,
         kv: Tensor,
@@ -298,7 +306,8 @@ class CrossAttention(FlashCrossAttention):
         return self.attend_to_padded(q, kv, key_padding_mask, causal)
 
 
-def _check_given(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is None:
-            raise RuntimeError(f"{name} must be given with cu_seqlens; got None")
+def _given(name: str, value: T | None) -> T:
+    """value, which cu_seqlens needs."""
+    if value is None:
+        raise RuntimeError(f"{name} must be given with cu_seqlens; got None")
+    return value

@@ -288,15 +288,16 @@ class MHA(nn.Module):
     def _cached_attention(self, qkv: Tensor, inference_params: InferenceParams) -> Tensor:
         """(batch, seqlen, num_heads, head_dim); the keys and values of qkv go to the cache."""
         batch, seqlen = qkv.shape[:2]
-        caches = inference_params.key_value_memory_dict
-        if self.layer_idx not in caches:
-            caches[self.layer_idx] = self.allocate_inference_cache(
+        caches, layer = inference_params.key_value_memory_dict, self.layer_idx
+        assert layer is not None  # _check_arguments has seen to it
+        if layer not in caches:
+            caches[layer] = self.allocate_inference_cache(
                 inference_params.max_batch_size, inference_params.max_seqlen, qkv.dtype
             )
         entries = slice(
             inference_params.batch_size_offset, inference_params.batch_size_offset + batch
         )
-        cache = caches[self.layer_idx][entries]
+        cache = caches[layer][entries]
         offset: int | Tensor = inference_params.seqlen_offset
         is_first = offset == 0 and inference_params.lengths_per_sample is None
         if inference_params.lengths_per_sample is not None:
@@ -304,7 +305,7 @@ class MHA(nn.Module):
         elif offset + seqlen > cache.shape[1] or cache.shape[0] < batch:
             raise ValueError(
                 "inference_params: the cache is too small; got a cache of"
-                f" {tuple(caches[self.layer_idx].shape[:2])}, batch {batch} at"
+                f" {tuple(caches[layer].shape[:2])}, batch {batch} at"
                 f" {inference_params.batch_size_offset}, {offset} + {seqlen} tokens"
             )
 

@@ -33,7 +33,7 @@ def _run_forward(
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses, z_losses = (logits.new_empty((rows,), dtype=wide) for _ in range(2))
     has_lse = lse is not None
-    lse = lse.contiguous().clone() if has_lse else torch.empty_like(losses)
+    lse = torch.empty_like(losses) if lse is None else lse.contiguous().clone()
     if rows > 0:
         _check_labels(labels, *options[3:])
         run = kernels.forward if _uses_kernels(logits) else _forward_torch
@@ -44,10 +44,10 @@ def _run_forward(
 def _run_backward_into(
     dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *options: Any
 ) -> None:
-    *options, dlogits = options
+    *numbers, dlogits = options
     if logits.shape[0] > 0:
         run = kernels.backward if _uses_kernels(logits) else _backward_torch
-        run(dlogits, dlosses, logits, labels, lse, *options)
+        run(dlogits, dlosses, logits, labels, lse, *numbers)
 
 
 def _run_backward(
@@ -154,7 +154,8 @@ _OPTIONS = (
 
 def _fake_forward(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(logits.new_empty((logits.shape[0],), dtype=wide) for _ in range(3))
+    losses, z_losses, lse = (logits.new_empty(logits.shape[:1], dtype=wide) for _ in range(3))
+    return losses, z_losses, lse
 
 
 def _vmap_forward(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple, tuple]:

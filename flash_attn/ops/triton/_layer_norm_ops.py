@@ -11,11 +11,13 @@ there is an fp64 tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flash_attn._vmap import maybe_contiguous
 from flash_attn.cpu.philox import _philox
 from flash_attn.ops._library import batch_first, register, vmap_by_loop
 from flash_attn.ops.triton import _layer_norm_kernels as kernels
@@ -56,7 +58,10 @@ def _drop(x: Tensor, seeds: Tensor | None, dropout_p: float) -> Tensor:
 
 
 def _both(seeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if seeds is None else seeds.unbind(1)
+    if seeds is None:
+        return None, None
+    of_x, of_x1 = seeds.unbind(1)
+    return of_x, of_x1
 
 
 def _wide(*tensors: Tensor | None) -> torch.dtype:
@@ -67,10 +72,6 @@ def _wide(*tensors: Tensor | None) -> torch.dtype:
 def _uses_kernels(x: Tensor, *tensors: Tensor | None) -> bool:
     fits = x.shape[1] <= kernels.MAX_COLS
     return x.is_cuda and kernels.triton is not None and fits and _wide(x, *tensors) == torch.float32
-
-
-def _rows_contiguous(x: Tensor | None) -> Tensor | None:
-    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
 def statistics(total: Tensor, eps: float, is_rms_norm: bool) -> tuple[Tensor | None, Tensor]:
@@ -107,7 +108,7 @@ def _forward_torch(
     results: list[Tensor | None] = []
     for weight, bias in (weights[:2], weights[2:]):
         y = None if weight is None else normal * (weight.to(wide) + zero_centered)
-        results.append(y if bias is None else y + bias)
+        results.append(y if y is None or bias is None else y + bias)
     return *results, total, mean, rstd
 
 
@@ -143,12 +144,15 @@ def _run_forward(
             if value is not None and result.numel() > 0:
                 result.copy_(value)
         return results
-    x, residual, x1 = map(_rows_contiguous, (x, residual, x1))
-    weights = [None if t is None else t.contiguous() for t in (weight, bias, weight1, bias1)]
+    x, residual, x1 = maybe_contiguous(x), maybe_contiguous(residual), maybe_contiguous(x1)
+    weight = weight.contiguous()
+    bias, weight1, bias1, rowscale, seeds = (
+        None if t is None else t.contiguous() for t in (bias, weight1, bias1, rowscale, seeds)
+    )
+    filled_y1, filled_total = None if weight1 is None else y1, total if keeps_total else None
     kernels.forward(
-        *(y, None if weight1 is None else y1, total if keeps_total else None),
-        *(None if is_rms_norm else mean, rstd, x, *weights[:2], residual, x1, *weights[2:]),
-        *(None if t is None else t.contiguous() for t in (rowscale, seeds)),
+        *(y, filled_y1, filled_total, None if is_rms_norm else mean, rstd, x, weight, bias),
+        *(residual, x1, weight1, bias1, rowscale, seeds),
         *(eps, _threshold(dropout_p), _keep_scale(dropout_p), zero_centered),
     )
     return results
@@ -177,7 +181,7 @@ def gradients(
     d = torch.zeros_like(normal)
     of_weights: list[Tensor | None] = []
     for grad, w in ((dy, weight), (dy1, weight1)):
-        if grad is None:
+        if grad is None or w is None:
             missing = None if w is None else torch.zeros_like(normal[0])
             of_weights += [missing, missing]
             continue
@@ -219,23 +223,24 @@ def _run_backward(
     results = _fake_backward(*inputs, mean, rstd, *[None] * 5, wants, x_dtype, x1_dtype)
     if total.shape[0] == 0:
         return tuple(result.zero_() for result in results)
-    mean = None if is_rms_norm else mean
+    centre = None if is_rms_norm else mean
     if not _uses_kernels(total, rstd, weight, weight1, dy, dy1):
         computed = gradients(
-            *(*inputs, mean, rstd, rowscale, seeds, dropout_p, zero_centered, wants)
+            *inputs, centre, rstd, rowscale, seeds, dropout_p, zero_centered, wants
         )
         for result, value in zip(results, computed):
             if value is not None:
                 result.copy_(value)
         return results
-    dy, dy1, dresult, total = map(_rows_contiguous, (dy, dy1, dresult, total))
-    weight, weight1, rowscale, seeds = (
-        None if t is None else t.contiguous() for t in (weight, weight1, rowscale, seeds)
+    dy, dy1, dresult = map(maybe_contiguous, (dy, dy1, dresult))
+    total, weight = maybe_contiguous(total), weight.contiguous()
+    weight1, rowscale, seeds = (
+        None if t is None else t.contiguous() for t in (weight1, rowscale, seeds)
     )
+    dtotal, dx, dx1 = (result if wanted else None for result, wanted in zip(results[:3], wants))
     of_weights = kernels.backward(
-        *(result if wanted else None for result, wanted in zip(results[:3], wants)),
-        (wants[3], wants[4], wants[5], wants[6]),
-        *(dy, dy1, dresult, total, weight, weight1, mean, rstd, rowscale, seeds),
+        *(dtotal, dx, dx1, (wants[3], wants[4], wants[5], wants[6]), dy, dy1, dresult),
+        *(total, weight, weight1, centre, rstd, rowscale, seeds),
         *(_threshold(dropout_p), _keep_scale(dropout_p), zero_centered),
     )
     return *results[:3], *(r if g is None else g for r, g in zip(results[3:], of_weights))
@@ -294,7 +299,7 @@ forward = register(
 )
 # wants: which of the results.  dtotal is the gradient of residual, and of x and x1 where these are
 # neither scaled nor dropped and have total's dtype.
-backward = register(
+backward: Callable[..., Any] = register(
     "layer_norm_bwd",
     "(Tensor? dy, Tensor? dy1, Tensor? dresult, Tensor total, Tensor weight, Tensor? weight1,"
     " Tensor mean, Tensor rstd, Tensor? rowscale, Tensor? seeds, float dropout_p,"

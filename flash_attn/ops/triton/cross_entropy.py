@@ -63,8 +63,9 @@ def cross_entropy_loss(
             FLASH_ATTN_CHECK_DEVICE_DATA=1 in the environment.  Unchecked, its loss is NaN.
     """
     ignore_index = resolve_integer("ignore_index", ignore_index)
-    scales = dict(label_smoothing=label_smoothing, logit_scale=logit_scale)
-    scales = [_number(*s) for s in (scales | dict(lse_square_scale=lse_square_scale)).items()]
+    given = dict(label_smoothing=label_smoothing, logit_scale=logit_scale)
+    given["lse_square_scale"] = lse_square_scale
+    scales = [_number(name, x) for name, x in given.items()]
     _check(logits, labels, precomputed_lse, scales[0])
     if precomputed_lse is not None:
         usable = scales[:2] == [0.0, 1.0]

@@ -5,6 +5,8 @@ Triton kernels on CUDA, torch elsewhere.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,7 +82,8 @@ def layer_norm_fn(
         residual is not None or x1 is not None or rowscale is not None or dropout_p > 0
     ) or total_dtype != x.dtype
     hidden = x.shape[-1]
-    flat_x, residual, x1 = (None if t is None else t.reshape(-1, hidden) for t in (x, residual, x1))
+    flat_x = x.reshape(-1, hidden)
+    residual, x1 = (None if t is None else t.reshape(-1, hidden) for t in (residual, x1))
     if rowscale is not None:
         rowscale = rowscale.reshape(-1)
     seeds = None
@@ -95,17 +98,18 @@ def layer_norm_fn(
         out.dtype if out is not None else out_dtype or x.dtype,
         total_dtype,
     )
-    results: list[Tensor | None] = [_given(out, y.view(x.shape))]
+    y = _given(out, y.view(x.shape))
+    others: list[Tensor | None] = []
     if weight1 is not None:
-        results.append(y1.view(x.shape))
+        others.append(y1.view(x.shape))
     if prenorm:
-        results.append(_given(residual_out, total.view(x.shape) if is_summed else x))
+        others.append(_given(residual_out, total.view(x.shape) if is_summed else x))
     if return_dropout_mask:
         of_x, of_x1 = (None, None) if seeds is None else seeds.unbind(1)
         for seed in (of_x, None if x1 is None else of_x1):
             mask = None if seed is None else ops.keep_mask(seed, hidden, dropout_p).view(x.shape)
-            results.append(mask)
-    return results[0] if len(results) == 1 else tuple(results)
+            others.append(mask)
+    return (y, *others) if others else y
 
 
 def rms_norm_fn(
@@ -166,7 +170,7 @@ def layer_norm_linear_fn(
         is_rms_norm=is_rms_norm,
         out_dtype=dtype,
     )
-    y = normed[0] if prenorm else normed
+    y = cast(Tensor, normed[0] if prenorm else normed)  # None can only follow
     linear_bias = None if linear_bias is None else linear_bias.to(dtype)
     projected = F.linear(y, linear_weight.to(dtype), linear_bias)
     return (projected, normed[1]) if prenorm else projected
@@ -181,6 +185,8 @@ class RMSNorm(nn.Module):
         zero_centered_weight: the weight begins with 0 and 1 is added to it.
         device, dtype: of the weight.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -282,8 +288,9 @@ class _LayerNorm(torch.autograd.Function):
         tensors = dy, dy1, dresult, total, weight, weight1
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             mean, rstd = ops.statistics(total.to(rstd.dtype), ctx.eps, ctx.is_rms_norm)
-            last = rowscale, seeds, ctx.dropout_p, ctx.zero_centered, wants
-            dtotal, dx, dx1, *of_weights = ops.gradients(*tensors, mean, rstd, *last)
+            how = ctx.dropout_p, ctx.zero_centered, wants
+            grads = ops.gradients(*tensors, mean, rstd, rowscale, seeds, *how)
+            dtotal, dx, dx1, *of_weights = grads
             dtotal, dx, dx1 = (
                 None if d is None else d.to(dtype)
                 for d, dtype in zip((dtotal, dx, dx1), (total.dtype, *ctx.dtypes))
@@ -293,7 +300,7 @@ class _LayerNorm(torch.autograd.Function):
             dtypes = ctx.dtypes[0], ctx.dtypes[1] or total.dtype
             dtotal, dx, dx1, *of_weights = ops.backward(*tensors, mean, rstd, *last, *dtypes)
         of_weights = [
-            g.to(dtype) if wanted else None
+            g.to(dtype) if wanted and g is not None else None
             for g, dtype, wanted in zip(of_weights, ctx.weight_dtypes, wants[3:])
         ]
         return (
@@ -311,13 +318,12 @@ def _given(buffer: Tensor | None, result: Tensor) -> Tensor:
     return result if buffer is None else buffer.copy_(result)
 
 
-def _check(dropout_p: float, **tensors: Tensor | None) -> None:
-    x = tensors["x"]
+def _check(dropout_p: float, x: Tensor, **others: Tensor | None) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise RuntimeError(
             f"x must have shape (..., hidden), hidden at least 1; got {tuple(x.shape)}"
         )
-    for name, tensor in tensors.items():
+    for name, tensor in {"x": x, **others}.items():
         if tensor is None:
             continue
         shape, words = x.shape, "x's shape"
@@ -333,12 +339,12 @@ def _check(dropout_p: float, **tensors: Tensor | None) -> None:
             raise RuntimeError(f"{name} must have a floating dtype; got {tensor.dtype}")
         if tensor.device != x.device:
             raise RuntimeError(f"{name} must be on x's device {x.device}; got {tensor.device}")
-    rowscale = tensors["rowscale"]
-    if tensors["weight"] is None:
+    rowscale = others["rowscale"]
+    if others["weight"] is None:
         raise RuntimeError("weight must be given; got None")
-    if tensors["bias1"] is not None and tensors["weight1"] is None:
+    if others["bias1"] is not None and others["weight1"] is None:
         raise RuntimeError("bias1 is for weight1, which is None")
-    if rowscale is not None and tensors["x1"] is not None:
+    if rowscale is not None and others["x1"] is not None:
         raise RuntimeError("rowscale and x1 exclude each other")
     if rowscale is not None and rowscale.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("rowscale gets no gradient: detach it, or scale x without it")

@@ -127,6 +127,7 @@ def _rotate_torch(
 def _positions(x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """(batch, seqlen) or (total,): each token's position; -1 beyond the sequences of a ragged x."""
     if cu_seqlens is None:
+        assert isinstance(seqlen_offsets, Tensor)  # one for all needs no positions
         index = torch.arange(x.shape[1], device=x.device)
         return seqlen_offsets[:, None] + index
     index = torch.arange(x.shape[0], device=x.device)
@@ -156,7 +157,7 @@ def _rotate_triton(
     """``_rotate_torch`` in one launch."""
     ragged = cu_seqlens is not None
     heads, half = x.shape[-2], cos.shape[1]
-    sequences = cu_seqlens.numel() - 1 if ragged else x.shape[0]
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     rows = x.shape[0] if ragged else x.shape[1]
     longest = rows
     if ragged and max_seqlen is not None:
@@ -329,11 +330,13 @@ def _check(
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
         if not tensor.is_floating_point():
             raise RuntimeError(f"{name} must have a floating dtype; got {tensor.dtype}")
-    named = [("cos", cos), ("sin", sin), ("cu_seqlens", cu_seqlens)]
+    others = {"cos": cos, "sin": sin}
+    if cu_seqlens is not None:
+        others["cu_seqlens"] = cu_seqlens
     if isinstance(seqlen_offsets, Tensor):
-        named.append(("seqlen_offsets", seqlen_offsets))
-    for name, tensor in named:
-        if tensor is not None and tensor.device != x.device:
+        others["seqlen_offsets"] = seqlen_offsets
+    for name, tensor in others.items():
+        if tensor.device != x.device:
             raise RuntimeError(f"{name} must be on x's device {x.device}; got {tensor.device}")
     if cu_seqlens is not None and (
         cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0
@@ -369,7 +372,7 @@ def _check_positions(
 
     if batch == 0 or not _may_look_at_data(x):
         return
-    lengths = x.shape[1]
+    lengths: int | Tensor = x.shape[1]
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff()
         if int(cu_seqlens[0]) != 0 or bool((lengths < 0).any()) or int(cu_seqlens[-1]) > x.shape[0]:
