@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -511,6 +513,52 @@ def test_nvcc_of_a_unit_runs_the_command_that_it_is_given(tmp_path: Path) -> Non
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     want = ["-Xcompiler", "'a b'", "-c", str(unit), "-gencode", "arch=compute_90a,code=sm_90a"]
     assert result.stdout == "".join(f"[{word}]" for word in want)
+
+
+NVCC_THAT_RECORDS = """\
+#!/bin/sh
+echo "$@" >> {log}
+while [ "$1" != -o ]; do shift; done
+touch "$2" && echo "$2:" > "$2.d"
+"""
+
+
+def test_ninja_compiles_each_unit_for_its_own_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that torch writes for ninja in a build for 80 and 90, run with an nvcc that records."""
+    from torch.utils import cpp_extension
+
+    if shutil.which("ninja") is None:
+        pytest.skip("needs ninja")
+    nvcc, log = tmp_path / "nvcc", tmp_path / "log"
+    nvcc.write_text(NVCC_THAT_RECORDS.format(log=log))
+    nvcc.chmod(0o755)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("PYTORCH_NVCC", str(nvcc))
+    command = runpy.run_path(str(ROOT / "setup.py"))["nvcc_command"](Toolkit(tmp_path, "13.0"))
+    monkeypatch.setenv("PYTORCH_NVCC", command)
+    units = [p for p in generate(tmp_path, (80, 90), (64,), test_units=True) if p.suffix == ".cu"]
+    given = dict(
+        path=str(tmp_path / "build.ninja"),
+        sources=list(map(str, units)),
+        objects=[str(p.with_suffix(".o")) for p in units],
+        cuda_post_cflags=build_config.nvcc_flags((80, 90)),
+        library_target=None,
+        with_cuda=True,
+        with_sycl=False,
+    )
+    parameters = inspect.signature(cpp_extension._write_ninja_file).parameters
+    cpp_extension._write_ninja_file(**{name: given.get(name, []) for name in parameters})
+    subprocess.run(["ninja", "-C", str(tmp_path)], check=True, capture_output=True)
+
+    lines = [line.split() for line in log.read_text().splitlines()]
+    targets = {
+        Path(line[line.index("-c") + 1]).stem: re.findall(r"-gencode (\S+)", " ".join(line))
+        for line in lines
+    }
+    both = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"]
+    assert targets == {p.stem: both[1:] if "_sm90_" in p.stem else both for p in units}
 
 
 def test_head_dims_are_listed_once() -> None:
