@@ -240,8 +240,10 @@ def attention(
     numbers, scale, softcap = split_score(function, score)
     _transforms.refuse_tangents(function, x, y, z, scale, softcap, alibi_slopes)
     head_dim = x.shape[-1]
-    # Zeros in the padding change neither q k^T nor the gradients of the real columns.
-    padding = -head_dim % CUDA_HEAD_DIM_MULTIPLE if x.is_cuda else 0
+    # Zeros in the padding change neither q k^T nor the gradients of the real columns.  Of pages the
+    # operator pads those that it uses.
+    is_paged = lengths is not None and lengths.block_table is not None
+    padding = -head_dim % CUDA_HEAD_DIM_MULTIPLE if x.is_cuda and not is_paged else 0
     if padding:
         x = F.pad(x, (0, padding))
         y, z = (None if t is None else F.pad(t, (0, padding)) for t in (y, z))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 
@@ -183,7 +185,43 @@ def _register(op: OpOverload, record: Callable, rule: Callable) -> None:
     )
 
 
+_VMAP_MODE = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
+
+
+def _draw_as_vmap_says(op: OpOverload, values: tuple) -> tuple:
+    """values; where vmap maps none of them, but masks are to differ, q gets vmap's dimension."""
+    vmap, name = retrieve_current_functorch_interpreter(), op._schema.name
+    assert isinstance(vmap, VmapInterpreter)
+    is_mapped = any(
+        isinstance(x, Tensor)
+        and _functorch.is_batchedtensor(x)
+        and _functorch.maybe_get_level(x) == vmap.level()
+        for x in values
+    )
+    if is_mapped or vmap.randomness() == "same":
+        return values
+    if vmap.randomness() == "error":
+        _transforms.raise_no_randomness(name)
+    q, *others = values
+    q = q.expand(vmap.batch_size(), *q.shape)
+    return _functorch._add_batch_dim(q, 0, vmap.level()), *others
+
+
+def _register_randomness(op: OpOverload) -> None:
+    """Where vmap maps none of an operator's tensors, it does not ask the rule that is registered."""
+
+    def kernel(*values: Any) -> Any:
+        given = _Call(op, values).given
+        if given["dropout_p"] > 0 and given["rng_state"] is None:
+            values = _draw_as_vmap_says(op, values)
+        with torch._C._ExcludeDispatchKeyGuard(_VMAP_MODE):
+            return op(*values)
+
+    _library.impl(op._schema.name.removeprefix("flash_attn::"), kernel, "FuncTorchVmapMode")
+
+
 for _op in (_ops.forward, _ops.varlen_forward):
     _register(_op, _forward, _forward_rule)
+    _register_randomness(_op)
 for _op in (_ops.backward_functional, _ops.varlen_backward_functional):
     _register(_op, _backward, _backward_rule)

@@ -446,6 +446,28 @@ def test_one_tensor_on_the_cpu(device: str, name: str) -> None:
         flash_attn_with_kvcache(**(x | {name: x[name].cpu()}))
 
 
+@pytest.mark.parametrize("is_new", [False, True], ids=["", "append"])
+def test_one_column_may_have_any_stride(device: str, is_new: bool) -> None:
+    """A head_dim of 1: the stride of the last dimension is never used."""
+    dtype = torch.float16
+    gen = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 3, 2, 1, generator=gen).to(device, dtype) for _ in range(3))
+    caches = [torch.randn(2, 32, 2, 1, generator=gen).to(device, dtype) for _ in range(2)]
+    new = dict(k=k, v=v) if is_new else {}
+    lengths = torch.tensor([9, 20], dtype=torch.int32, device=device)
+
+    def attend(k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        return flash_attn_with_kvcache(q, k_cache, v_cache, **new, cache_seqlens=lengths)
+
+    strided = [t.clone().as_strided(t.shape, (64, 2, 1, 7)) for t in caches]
+    assert torch.equal(attend(*strided), attend(*caches))
+    assert all(torch.equal(a, b) for a, b in zip(strided, caches))
+    call = torch.ops.flash_attn._flash_attn_kvcache
+    rest = None, 3, lengths, 0, None, None, None, 1.0, False, -1, -1, 0.0, None, 0
+    for a, b in zip(call(q, *strided, *rest), call(q, *caches, *rest)):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.cuda
 def test_strides_that_vectors_do_not_fit(device: str) -> None:
     x = right_call(device)

@@ -565,6 +565,72 @@ def test_operators_have_the_functions_derivatives(device: str) -> None:
     assert scale.grad.abs() > 0
 
 
+def masks_of_operator(qkv: Tensor, form: str, **given: Any) -> Callable[[Tensor], Tensor]:
+    """A function of something else that returns what the operator draws for qkv, S_dmask's signs."""
+    q, k, v = qkv.unbind(2)
+    score = 0.5, 0.3, False, -1, -1, 0.0, None, True  # dropout_p first, return_softmax last
+
+    def draw(x: Tensor) -> Tensor:
+        if form == "dense":
+            results = torch.ops.flash_attn._flash_attn_forward(q, k, v, *score, **given)
+        else:
+            cu, longest = lengths_of(qkv)
+            results = torch.ops.flash_attn._flash_attn_varlen_forward(
+                *(t.flatten(0, 1) for t in (q, k, v)), cu, cu, longest, longest, *score, **given
+            )
+        return results[2].signbit() | (x != x)
+
+    return draw
+
+
+@pytest.mark.parametrize("form", ["dense", "varlen"])
+def test_operator_of_unmapped_tensors_draws_as_vmap_says(device: str, form: str) -> None:
+    qkv, dummy = make_qkv(device), torch.zeros(EXAMPLES, device=device)
+    draw = masks_of_operator(qkv, form)
+    with pytest.raises(RuntimeError, match=r'_forward: dropout_p.*vmap refuses.*"different"'):
+        vmap(draw)(dummy)
+    same = vmap(draw, randomness="same")(dummy)
+    assert all(torch.equal(same[0], signs) for signs in same)
+    different = vmap(draw, randomness="different")(dummy)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(different[i], different[j])
+
+    state = torch.tensor([5, 7], device=device)
+    given = masks_of_operator(qkv, form, rng_state=state)
+    assert all(
+        torch.equal(given(dummy[0]), signs) for signs in vmap(given)(dummy)
+    )  # nothing is drawn
+
+
+@pytest.mark.parametrize("outer", ["same", "different"])
+@pytest.mark.parametrize("inner", ["same", "different"])
+def test_operator_draws_for_each_of_two_vmaps(device: str, inner: str, outer: str) -> None:
+    draw = masks_of_operator(make_qkv(device), "dense")
+    dummy = torch.zeros(2, 3, device=device)
+    signs = vmap(vmap(draw, randomness=inner), randomness=outer)(dummy)
+    assert torch.equal(signs[0, 0], signs[0, 1]) == (inner == "same")
+    assert torch.equal(signs[0, 0], signs[1, 0]) == (outer == "same")
+    assert torch.equal(signs[0], signs[1]) == (outer == "same")
+
+
+def test_gradient_of_an_unmapped_operator_has_its_masks(device: str) -> None:
+    """sum(v * dv) of sum(out) is sum(out) itself, with the same masks only."""
+    qkv = make_qkv(device).requires_grad_()
+    dummy = torch.zeros(EXAMPLES, device=device)
+
+    def total(x: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(2)
+        score = 0.4, 0.3, False, -1, -1, 0.0, None, False
+        out = torch.ops.flash_attn._flash_attn_forward(q, k, v, *score)[0]
+        return out.float().sum() + x
+
+    totals = vmap(total, randomness="different")(dummy)
+    assert totals[0] != totals[1]
+    totals.sum().backward()
+    dv, v = qkv.grad[:, :, 2].float(), qkv.detach()[:, :, 2].float()
+    torch.testing.assert_close((v * dv).sum(), totals.detach().sum(), rtol=3e-2, atol=3e-1)
+
+
 def test_what_operators_cannot_differentiate_is_an_error(device: str) -> None:
     qkv = make_qkv(device)
     softcap = torch.tensor(3.0, requires_grad=True)

@@ -453,6 +453,8 @@ PAGED = [
     ),
     VarlenCase((65, 200), (300, 100), (2, 1), 192, Mask.causal, softcap=2.0),
     VarlenCase((65, 200), (300, 100), (2, 1), 32, Mask.none, alibi=Alibi.per_head),
+    VarlenCase((0, 65, 3, 130), (9, 100, 0, 170), (4, 2), 59, Mask.causal, "fp16", (5, 9)),
+    VarlenCase((1, 1, 40), (600, 1, 63), (2, 1), 33, Mask.none, window=(90, 9)),
 ]
 
 
@@ -505,6 +507,24 @@ def test_pages_may_be_shared_and_strided(device: str, case: VarlenCase) -> None:
     shared = replace(pages, k=buffer[:, :, 0], v=buffer[:, :, 1])
     ours = run_varlen(shared, backward=False, block_table=strided, **options)
     check_forward(case, x, ours)
+
+
+@pytest.mark.cuda
+def test_of_a_pool_only_used_pages_are_copied(device: str) -> None:
+    """Where head_dim is no multiple of 8, and the kernels need a copy."""
+    pool = torch.zeros(1 << 13, 64, 2, 60, dtype=torch.bfloat16, device=device)  # 126 MB
+    q = torch.zeros(3, 4, 60, dtype=pool.dtype, device=device)
+    lengths = int32([0, 1, 3], device), int32([0, 90, 120], device)
+    table = int32([5, 8000, 17, 3], device).view(2, 2)
+
+    def attend() -> Tensor:
+        return flash_attn_varlen_func(q, pool, pool, *lengths, 2, 90, block_table=table)
+
+    attend()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    assert attend().shape == q.shape
+    assert torch.cuda.max_memory_allocated(device) - before < pool.nbytes / 8
 
 
 def run_forward(case: VarlenCase, x: VarlenInputs, **options: Any) -> Result:

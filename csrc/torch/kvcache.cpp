@@ -48,7 +48,7 @@ void check_cache(at::Tensor const& q, at::Tensor const& k_cache, at::Tensor cons
   check_like(k_cache, "k_cache", q, shape);
   check_like(v_cache, "v_cache", q, shape);
   for (auto const& [cache, name] : {std::pair{&k_cache, "k_cache"}, {&v_cache, "v_cache"}}) {
-    TORCH_CHECK(needs_padding(q) ? cache->stride(-1) == 1 : is_aligned(*cache), name,
+    TORCH_CHECK(needs_padding(q) ? has_contiguous_rows(*cache) : is_aligned(*cache), name,
                 ": must have a contiguous last dimension, and strides and an address that are "
                 "multiples of 16 bytes; got strides ",
                 cache->strides());
