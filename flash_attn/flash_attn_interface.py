@@ -258,7 +258,8 @@ def flash_attn_varlen_func(
         block_table: (batch, max_blocks), int32: the pages of each sequence, for paged k and v: key j
             of sequence b is k[block_table[b, j // page_size], j % page_size].  Entries beyond a
             sequence's length are not read.  Paged k and v are for inference: they have no gradients,
-            and dropout_p must be 0.
+            and dropout_p must be 0.  Where head_dim is no multiple of 8, every call on CUDA copies
+            the pages of the sequences.
 
     The other arguments are those of ``flash_attn_func``.
 
