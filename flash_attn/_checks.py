@@ -230,16 +230,16 @@ def check_lengths(q: Tensor, k: Tensor, lengths: Lengths) -> None:
 def check_pages(name: str, table: Tensor, k: Tensor, begin: Tensor | None, end: Tensor) -> None:
     """The pages of the rows begin to end of each sequence exist; begin: None for 0."""
     num_blocks, page_size = k.shape[:2]
-    slots = torch.arange(table.shape[1], device=table.device) * page_size
-    is_used = slots < end[:, None]
+    first_rows = torch.arange(table.shape[1], device=table.device) * page_size
+    is_used = first_rows < end[:, None]
     if begin is not None:
-        is_used &= (slots + page_size > begin[:, None]) & (begin < end)[:, None]
+        is_used &= (first_rows + page_size > begin[:, None]) & (begin < end)[:, None]
     wrong = is_used & ((table < 0) | (table >= num_blocks))
     if wrong.any():
-        sequence, slot = wrong.nonzero()[0].tolist()
+        sequence, column = wrong.nonzero()[0].tolist()
         raise RuntimeError(
-            f"block_table[{sequence}, {slot}] must be a block of {name}, 0 to {num_blocks - 1}; got"
-            f" {table[sequence, slot].item()}"
+            f"block_table[{sequence}, {column}] must be a block of {name}, 0 to {num_blocks - 1}; got"
+            f" {table[sequence, column].item()}"
         )
 
 

@@ -31,10 +31,10 @@ PaddedCache padded_cache(at::Tensor const& k_cache, at::Tensor const& v_cache,
                          CacheArguments const& arguments, int64_t batch, int64_t rows) {
   OptionalTensor const &table = arguments.block_table, &entries = arguments.batch_idx;
   int64_t const pages = k_cache.size(0), page_size = k_cache.size(1);
-  int64_t const slots = table ? rounded_up(rows, page_size) / page_size : 0;
+  int64_t const columns = table ? rounded_up(rows, page_size) / page_size : 0;
   at::Tensor used;  // entries or pages: those of sequence 0, then those of sequence 1, ...
   if (table) {
-    used = table->narrow(1, 0, slots).reshape(-1);
+    used = table->narrow(1, 0, columns).reshape(-1);
   } else if (entries) {
     used = *entries;
   }
@@ -46,7 +46,7 @@ PaddedCache padded_cache(at::Tensor const& k_cache, at::Tensor const& v_cache,
     if (!has_index) { part = part.narrow(0, 0, batch); }
     at::Tensor const wide = padded(gathers ? part.index_select(0, used) : part);
     if (!gathers || !table) { return wide; }
-    return wide.view({batch, slots * page_size, wide.size(2), wide.size(3)});
+    return wide.view({batch, columns * page_size, wide.size(2), wide.size(3)});
   };
   PaddedCache result{copy(k_cache), copy(v_cache), {}, {}};
   if (!gathers) { result.batch_idx = entries, result.block_table = table; }

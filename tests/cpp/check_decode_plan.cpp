@@ -29,16 +29,17 @@ void check_plan(DecodeParams const& params, int head_dim, DecodeDevice const& de
   expect(plan.block_m == kNarrowRows || !narrow, CASE ": block_m %d", ARGS, plan.block_m);
   int64_t const items =
       int64_t(params.problem.batch) * params.problem.heads_kv * ceil_div(rows, plan.block_m);
-  // Equal parts: a thread block each, and a slot each unless there is one part.  Shares: two slots for each worker and head.
+  // Equal parts: a thread block each, and a partial result each unless there is one part.  Shares: two partial results for each worker and head.
   bool const parts = plan.splits > 0;
   expect(plan.grid == (parts ? items * plan.splits : params.problem.heads_kv), CASE ": grid %lld",
          ARGS, (long long)plan.grid);
   expect(plan.workers >= 1 && plan.workers <= kMostParts, CASE ": %d workers", ARGS, plan.workers);
-  int64_t const slots =
+  int64_t const partials =
       parts ? (plan.splits > 1 ? items * plan.splits : 0) : 2 * plan.grid * plan.workers;
-  expect(plan.partial_o == slots * plan.block_m * head_dim &&
-             plan.partial_rows == 2 * slots * plan.block_m && plan.counters == kMergeLevels * slots,
-         CASE ": scratch is not that of %lld slots", ARGS, (long long)slots);
+  expect(plan.partial_o == partials * plan.block_m * head_dim &&
+             plan.partial_rows == 2 * partials * plan.block_m &&
+             plan.counters == kMergeRounds * partials,
+         CASE ": scratch is not that of %lld partial results", ARGS, (long long)partials);
   expect(plan.workers % (1 << plan.cluster_bits) == 0, CASE ": %d workers in clusters of 2^%d",
          ARGS, plan.workers, plan.cluster_bits);
   bool const may_cluster = !parts && device.clusters && narrow && params.problem.batch == 1;

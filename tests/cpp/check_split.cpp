@@ -1,5 +1,5 @@
-// Check of pieces/split.cuh: the parts into which shares of a line of key tiles cut query tiles, the slots of partial results, and the
-// levels and clusters in which these are merged.
+// Check of pieces/split.cuh: the parts into which shares of a line of key tiles cut query tiles, the numbers of partial results, and the
+// rounds and clusters in which these are merged.
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
@@ -17,7 +17,7 @@ int below(int limit) { return int(numbers() % unsigned(limit)); }
 
 long cut_tiles = 0, most_parts = 0;
 
-// What a slot holds: parts [begin, end) of a query tile of a head.
+// What a partial result holds: parts [begin, end) of a query tile of a head.
 struct Held {
   int tile = -1, begin = 0, end = 0;
 };
@@ -25,23 +25,23 @@ struct Held {
 // DecodeEpilogue::finish with the parts' numbers in place of their results; the order of the calls is that of the arrivals.
 class Merges {
  public:
-  explicit Merges(int64_t slots)
-      : slots_(slots),
-        held_(slots),
-        users_(kMergeLevels * slots),
-        counters_(kMergeLevels * slots) {}
+  explicit Merges(int64_t partials)
+      : partials_(partials),
+        held_(partials),
+        users_(kMergeRounds * partials),
+        counters_(kMergeRounds * partials) {}
 
   // Whether this part wrote the query tile's result.
   bool finish(int tile, Parts const& parts) {
     Held mine{tile, parts.index, parts.index + 1};
     int index = parts.index, count = parts.count, spacing = 1;
-    for (int level = 0; count > 1; ++level) {
-      expect(level < kMergeLevels, "%d parts need more than %d levels", parts.count, kMergeLevels);
-      if (level >= kMergeLevels) return false;
-      at(parts.slot(index * spacing)) = mine;
-      int const first                 = index / kMergedParts * kMergedParts;
-      int const met                   = min_of(kMergedParts, count - first);
-      if (!is_last(level, parts.slot(first * spacing), {tile, first, first + met})) return false;
+    for (int round = 0; count > 1; ++round) {
+      expect(round < kMergeRounds, "%d parts need more than %d rounds", parts.count, kMergeRounds);
+      if (round >= kMergeRounds) return false;
+      at(parts.partial(index * spacing)) = mine;
+      int const first                    = index / kMergedParts * kMergedParts;
+      int const met                      = min_of(kMergedParts, count - first);
+      if (!is_last(round, parts.partial(first * spacing), {tile, first, first + met})) return false;
       mine = merged(parts, first * spacing, spacing, met);
       index /= kMergedParts, count = ceil_div(count, kMergedParts), spacing *= kMergedParts;
     }
@@ -56,20 +56,20 @@ class Merges {
   }
 
  private:
-  Held& at(int64_t slot) {
-    bool const inside = 0 <= slot && slot < slots_;
-    expect(inside, "slot %lld of %lld", (long long)slot, (long long)slots_);
-    return held_[inside ? slot : 0];
+  Held& at(int64_t partial) {
+    bool const inside = 0 <= partial && partial < partials_;
+    expect(inside, "partial result %lld of %lld", (long long)partial, (long long)partials_);
+    return held_[inside ? partial : 0];
   }
 
-  // met: what meets at the counter, parts by their index on this level.
-  bool is_last(int level, int64_t slot, Held const& met) {
-    Held& user = users_[level * slots_ + slot];
+  // met: what meets at the counter, parts by their index in this round.
+  bool is_last(int round, int64_t partial, Held const& met) {
+    Held& user = users_[round * partials_ + partial];
     expect(user.tile < 0 || (user.tile == met.tile && user.begin == met.begin),
-           "level %d: tiles %d and %d meet at the counter of slot %lld", level, user.tile, met.tile,
-           (long long)slot);
+           "round %d: tiles %d and %d meet at the counter of partial result %lld", round, user.tile,
+           met.tile, (long long)partial);
     user         = met;
-    int& counter = counters_[level * slots_ + slot];
+    int& counter = counters_[round * partials_ + partial];
     if (++counter < met.end - met.begin) return false;
     counter = 0;
     return true;
@@ -77,7 +77,7 @@ class Merges {
 
   // Parts first, first + spacing, ... as PartSource finds them: the first lies apart.
   Held merged(Parts const& parts, int first, int spacing, int count) {
-    Held all = at(parts.slot(first));
+    Held all = at(parts.partial(first));
     for (int i = 1; i < count; ++i) {
       Held const& next = at(parts.base + int64_t(first) * parts.step + i * (spacing * parts.step));
       expect(next.tile == all.tile && next.begin == all.end,
@@ -88,7 +88,7 @@ class Merges {
     return all;
   }
 
-  int64_t slots_;
+  int64_t partials_;
   std::vector<Held> held_, users_;
   std::vector<int> counters_;
 };
@@ -99,10 +99,10 @@ struct Work {
   Parts parts;
 };
 
-void check_merges(std::vector<Work> works, int tiles, int64_t slots, int order) {
+void check_merges(std::vector<Work> works, int tiles, int64_t partials, int order) {
   if (order == 1) std::reverse(works.begin(), works.end());
   if (order == 2) std::shuffle(works.begin(), works.end(), numbers);
-  Merges merges(slots);
+  Merges merges(partials);
   std::vector<int> written(tiles);
   for (Work const& work : works) written[work.tile] += merges.finish(work.tile, work.parts);
   for (int tile = 0; tile < tiles; ++tile)
@@ -111,14 +111,15 @@ void check_merges(std::vector<Work> works, int tiles, int64_t slots, int order) 
 }
 
 bool same(Parts const& a, Parts const& b) {
-  return a.count == b.count && a.first_slot == b.first_slot && a.base == b.base && a.step == b.step;
+  return a.count == b.count && a.first_partial == b.first_partial && a.base == b.base &&
+         a.step == b.step;
 }
 
-// Every part of every cut tile comes once, its fellows agree about it, and its slot is nobody else's.
-void check_parts(std::vector<Work> const& works, int tiles, int64_t slots) {
+// Every part of every cut tile comes once, its fellows agree about it, and its partial result is nobody else's.
+void check_parts(std::vector<Work> const& works, int tiles, int64_t partials) {
   std::vector<std::vector<Parts>> of(tiles);
   for (Work const& work : works) of[work.tile].push_back(work.parts);
-  std::vector<char> taken(slots);
+  std::vector<char> taken(partials);
   for (int tile = 0; tile < tiles; ++tile) {
     int const count = int(of[tile].size());
     cut_tiles += count > 1, most_parts = std::max<long>(most_parts, count);
@@ -128,11 +129,11 @@ void check_parts(std::vector<Work> const& works, int tiles, int64_t slots) {
              "tile %d: part %d of %d comes as part %d of %d", tile, parts.index, parts.count, i,
              count);
       if (count == 1) continue;
-      int64_t const slot = parts.slot(i);
-      bool const inside  = 0 <= slot && slot < slots;
-      expect(inside && !taken[slot], "tile %d: part %d has slot %lld of %lld", tile, i,
-             (long long)slot, (long long)slots);
-      if (inside) taken[slot] = 1;
+      int64_t const partial = parts.partial(i);
+      bool const inside     = 0 <= partial && partial < partials;
+      expect(inside && !taken[partial], "tile %d: part %d has partial result %lld of %lld", tile, i,
+             (long long)partial, (long long)partials);
+      if (inside) taken[partial] = 1;
     }
   }
 }
@@ -142,13 +143,13 @@ void check_line(std::vector<int> const& lengths, int workers, int heads, int ord
   int const items = int(lengths.size());
   int total       = 0;
   for (int length : lengths) total += length;
-  Shares const shares = Shares::of(total, workers);
-  int64_t const slots = 2 * int64_t(workers) * heads;
+  Shares const shares    = Shares::of(total, workers);
+  int64_t const partials = 2 * int64_t(workers) * heads;
   std::vector<Work> works;
   std::vector<int> visits(total);
   for (int head = 0; head < heads; ++head)
     for (int worker = 0; worker < shares.workers; ++worker) {
-      int position = shares.begin(worker), partial = 0;
+      int position = shares.begin(worker), cut = 0;
       for (int item = 0, begin = 0; item < items; begin += lengths[item++]) {
         int const end = begin + lengths[item];
         if (position >= end || position >= shares.end(worker)) continue;
@@ -158,11 +159,11 @@ void check_line(std::vector<int> const& lengths, int workers, int heads, int ord
                "worker %d has [%d, %d) of [%d, %d) in %d parts", worker, position, stop, begin, end,
                parts.count);
         works.push_back({head * items + item, parts});
-        partial += parts.count > 1;
+        cut += parts.count > 1;
         for (; position < stop; ++position) ++visits[position];
       }
       expect(position == shares.end(worker), "worker %d stops at %d", worker, position);
-      expect(partial <= 2, "worker %d has %d partial results of a head", worker, partial);
+      expect(cut <= 2, "worker %d has %d partial results of a head", worker, cut);
     }
   for (int tile = 0; tile < total; ++tile)
     expect(visits[tile] == heads, "%d items, %d workers: key tile %d is visited %d times, not %d",
@@ -170,8 +171,8 @@ void check_line(std::vector<int> const& lengths, int workers, int heads, int ord
   for (int head = 0; head < heads; ++head)  // those that no worker meets
     for (int item = 0; item < items; ++item)
       if (lengths[item] == 0) works.push_back({head * items + item, {1, 0, 0, 0, 0}});
-  check_parts(works, heads * items, slots);
-  check_merges(works, heads * items, slots, order);
+  check_parts(works, heads * items, partials);
+  check_merges(works, heads * items, partials, order);
 }
 
 // All lines of `items` query tiles with up to `most` key tiles.  None: a sequence without queries.
@@ -189,8 +190,8 @@ void check_all_lines(int items, int most) {
   }
 }
 
-void check_random_lines(int rounds, int most_items, int most_tiles, int most_workers) {
-  for (int i = 0; i < rounds; ++i) {
+void check_random_lines(int lines, int most_items, int most_tiles, int most_workers) {
+  for (int i = 0; i < lines; ++i) {
     std::vector<int> lengths(1 + below(most_items));
     for (int& length : lengths) length = below(8) ? 1 + below(most_tiles) : below(2);
     check_line(lengths, 1 + below(most_workers), 1 + below(4), i % 3);
@@ -227,22 +228,22 @@ void check_clusters(int tiles, int workers, int bits, int heads, int order) {
   for (int i = 0; i < count; ++i)
     expect(shares.end((i + 1) * blocks - 1) > shares.begin(i * blocks),
            CASE ": none for cluster %d", ARGS, i);
-  // Rows of different thread blocks are merged apart: as query tiles that share slots, but not counters.
-  int64_t const slots = 2 * int64_t(workers) * heads;
+  // Rows of different thread blocks are merged apart: as query tiles that share partial results, but not counters.
+  int64_t const partials = 2 * int64_t(workers) * heads;
   std::vector<Work> works;
-  std::vector<char> counters(slots);
+  std::vector<char> counters(partials);
   for (int head = 0; head < heads; ++head) {
     for (int i = 0; i < count; ++i)
       works.push_back({head, parts_of_clusters(count, i, heads, head)});
     for (int rank = 0; count > 1 && rank < blocks; ++rank) {
-      int64_t const slot = works.back().parts.slot(rank);
-      expect(slot >= 0 && slot < slots && !counters[slot], CASE ": counter %lld", ARGS,
-             (long long)slot);
-      if (slot >= 0 && slot < slots) counters[slot] = 1;
+      int64_t const partial = works.back().parts.partial(rank);
+      expect(partial >= 0 && partial < partials && !counters[partial], CASE ": counter %lld", ARGS,
+             (long long)partial);
+      if (partial >= 0 && partial < partials) counters[partial] = 1;
     }
   }
-  check_parts(works, heads, slots);
-  check_merges(works, heads, slots, order);
+  check_parts(works, heads, partials);
+  check_merges(works, heads, partials, order);
 #undef CASE
 #undef ARGS
 }
@@ -293,7 +294,7 @@ int main() {
   for (int splits : {255, 256, 257, 1000, kMostParts - 1, kMostParts}) check_splits(3, splits, 2);
   check_all_clusters();
   Parts const far = parts_of_item(int64_t(1) << 31, 128, 100, 7);
-  expect(far.slot(7) == (int64_t(128) << 31) + 7, "slots beyond 2^32");
+  expect(far.partial(7) == (int64_t(128) << 31) + 7, "partial results beyond 2^32");
 
   std::printf("%ld query tiles cut, into up to %ld parts\n", cut_tiles, most_parts);
   expect(most_parts == kMostParts, "no tile in %d parts", kMostParts);

@@ -8,7 +8,7 @@
 //   query tiles     |    A    |  B  |        C          |   D   |
 //   workers         |   0  |   1   |   2  |   3  |   4  |   5   |       parts of A: 0 1;  B: 1 alone (no partial result);  C: 1 2 3 4 ...
 //
-// A worker has at most two partial results: slot 2w for a query tile that began before its share, 2w + 1 for one that goes beyond it.
+// A worker has at most two partial results: number 2w for a query tile that began before its share, 2w + 1 for one that goes beyond it.
 #include <cstdint>
 
 #include "pieces/integers.cuh"
@@ -54,25 +54,27 @@ struct Shares {
   }
 };
 
-// The parts of a query tile, this one among them, and their slots.
+// The parts of a query tile, this one among them, and the numbers of their partial results.
 struct Parts {
   int count, index;
-  int64_t first_slot, base, step;
+  int64_t first_partial, base, step;
 
-  FLASH_HD int64_t slot(int part) const { return part == 0 ? first_slot : base + part * step; }
+  FLASH_HD int64_t partial(int part) const {
+    return part == 0 ? first_partial : base + part * step;
+  }
 };
 
-// Parts of the query tile with tiles [item, item + tiles) of the line.  Every head has a line of its own with the same workers: slots of the
-// heads lie side by side.
+// Parts of the query tile with tiles [item, item + tiles) of the line.  Every head has a line of its own with the same workers: partial
+// results of the heads lie side by side.
 FLASH_HD Parts parts_in_line(Shares const& shares, int worker, int item, int tiles, int heads,
                              int head) {
   if (item >= shares.begin(worker) && item + tiles <= shares.end(worker)) {
     return {1, 0, 0, 0, 0};
   }
-  int const first    = item >= shares.begin(worker) ? worker : shares.owner(item);
-  int const last     = item + tiles <= shares.end(worker) ? worker : shares.owner(item + tiles - 1);
-  int64_t const slot = 2 * int64_t(first) * heads + head;
-  return {last - first + 1, worker - first, slot + heads, slot, 2 * int64_t(heads)};
+  int const first = item >= shares.begin(worker) ? worker : shares.owner(item);
+  int const last  = item + tiles <= shares.end(worker) ? worker : shares.owner(item + tiles - 1);
+  int64_t const partial = 2 * int64_t(first) * heads + head;
+  return {last - first + 1, worker - first, partial + heads, partial, 2 * int64_t(heads)};
 }
 
 // Parts of query tile number item when each is cut into `count` parts; at most `splits`.
@@ -81,7 +83,7 @@ FLASH_HD Parts parts_of_item(int64_t item, int splits, int count, int index) {
 }
 
 // So many parts, neighbours, are merged into one; then so many of the results, until one is left.
-constexpr int kMergedParts = 16, kMergeLevels = 3;
+constexpr int kMergedParts = 16, kMergeRounds = 3;
 constexpr int kMostParts = kMergedParts * kMergedParts * kMergedParts;
 
 // Workers for one query tile: no more than are merged at once, unless their shares are longer by so many tiles as a second merge costs

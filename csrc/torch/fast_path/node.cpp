@@ -48,8 +48,8 @@ enum Number : size_t {
 using Numbers = std::array<c10::IValue, kNumbers>;
 
 // What is saved, in this order; undefined where there is none.
-enum Slot : size_t { kQ, kK, kV, kOut, kLse, kRngState, kCuSeqlensQ, kCuSeqlensK, kSlots };
-using Tensors = std::array<at::Tensor, kSlots>;
+enum Saved : size_t { kQ, kK, kV, kOut, kLse, kRngState, kCuSeqlensQ, kCuSeqlensK, kSaved };
+using Tensors = std::array<at::Tensor, kSaved>;
 
 OptionalTensor optional(at::Tensor const& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
@@ -167,9 +167,9 @@ class FlashAttnBackward : public torch::autograd::Node {
 
   std::string name() const override { return "FlashAttnBackward"; }
 
-  void save(Slot slot, at::Tensor const& tensor) {
-    bool const is_output = slot == kOut;
-    if (tensor.defined()) { saved_[slot] = SavedVariable(tensor, is_output); }
+  void save(Saved which, at::Tensor const& tensor) {
+    bool const is_output = which == kOut;
+    if (tensor.defined()) { saved_[which] = SavedVariable(tensor, is_output); }
   }
 
   void release_variables() override {
@@ -225,12 +225,12 @@ class FlashAttnBackward : public torch::autograd::Node {
     TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
     std::shared_ptr<Node> const self = getptr();
     Tensors tensors;
-    for (size_t slot = 0; slot < kSlots; ++slot) { tensors[slot] = saved_[slot].unpack(self); }
+    for (size_t i = 0; i < kSaved; ++i) { tensors[i] = saved_[i].unpack(self); }
     return tensors;
   }
 
   Numbers numbers_;
-  std::array<SavedVariable, kSlots> saved_;
+  std::array<SavedVariable, kSaved> saved_;
   bool is_released_ = false;
 };
 

@@ -1,6 +1,6 @@
 #pragma once
 // Epilogue of the decoding kernel: results of parts of a query tile's keys are merged, in a thread block, in a cluster and over the grid.
-// Used by decode_kernel.  Knows parts and slots, not who works on what.
+// Used by decode_kernel.  Knows parts and partial results, not who works on what.
 #include "pieces/address.cuh"
 #include "pieces/cluster.cuh"
 #include "pieces/coordinates.cuh"
@@ -87,9 +87,9 @@ struct DecodeEpilogue {
     }
   }
 
-  // The groups' results, complete in shared memory, to out; or to this part's slot, and the last part to come merges, level by level.
-  // In a cluster each thread block merges its groups, and then some rows of all thread blocks.  A cluster is one part, which arrives
-  // for these rows alone.
+  // The groups' results, complete in shared memory, to out; or to scratch memory as this part's result, and the last part to come merges,
+  // round by round.  In a cluster each thread block merges its groups, and then some rows of all thread blocks.  A cluster is one part,
+  // which arrives for these rows alone.
   CUTE_DEVICE void finish(Parts const& parts) const {
     PartSource source{smem_o,  smem_o,  states,         states, kBlockM * kPitchO,
                       kBlockM, kPitchO, Traits::kGroups};
@@ -100,7 +100,7 @@ struct DecodeEpilogue {
 #pragma unroll 1
     while (true) {
       MergeTarget target;
-      if (count > 1) { target = slot(parts.slot(index * spacing)); }
+      if (count > 1) { target = in_workspace(parts.partial(index * spacing)); }
       merge(source, share, in_cluster ? MergeTarget{smem_o, states, kPitchO} : target);
       if (in_cluster) {
         in_cluster = false, share = {int(blockIdx.y) & (blocks() - 1), blocks()};
@@ -112,11 +112,11 @@ struct DecodeEpilogue {
       if (count == 1 || share.first >= rows) { return; }
       int const first   = index / kMergedParts * kMergedParts;
       int const counted = share.step > 1 ? share.first : first * spacing;
-      source = slots(parts, first * spacing, spacing, min_of(kMergedParts, count - first));
-      if (!is_last(counters + parts.slot(counted), source.count)) { return; }
+      source = source_of(parts, first * spacing, spacing, min_of(kMergedParts, count - first));
+      if (!is_last(counters + parts.partial(counted), source.count)) { return; }
       index = index / kMergedParts, count = ceil_div(count, kMergedParts);
       spacing *= kMergedParts;
-      counters += params.plan.counters / kMergeLevels;
+      counters += params.plan.counters / kMergeRounds;
     }
   }
 
@@ -128,23 +128,23 @@ struct DecodeEpilogue {
  private:
   CUTE_DEVICE int group() const { return params.plan.group; }
 
-  CUTE_DEVICE MergeTarget slot(int64_t slot) const {
-    return {slot_o(slot), slot_states(slot), kHeadDim};
+  CUTE_DEVICE MergeTarget in_workspace(int64_t partial) const {
+    return {o_of(partial), states_of(partial), kHeadDim};
   }
-  CUTE_DEVICE float* slot_o(int64_t slot) const {
-    return params.workspace.partial_o + slot * kBlockM * kHeadDim;
+  CUTE_DEVICE float* o_of(int64_t partial) const {
+    return params.workspace.partial_o + partial * kBlockM * kHeadDim;
   }
-  CUTE_DEVICE RowState* slot_states(int64_t slot) const {
-    return reinterpret_cast<RowState*>(params.workspace.partial_rows) + slot * kBlockM;
+  CUTE_DEVICE RowState* states_of(int64_t partial) const {
+    return reinterpret_cast<RowState*>(params.workspace.partial_rows) + partial * kBlockM;
   }
   // Parts first, first + spacing, ...
-  CUTE_DEVICE PartSource slots(Parts const& parts, int first, int spacing, int count) const {
-    int64_t const slot0 = parts.slot(first), base = parts.base + first * parts.step;
+  CUTE_DEVICE PartSource source_of(Parts const& parts, int first, int spacing, int count) const {
+    int64_t const first_partial = parts.partial(first), base = parts.base + first * parts.step;
     int64_t const step = spacing * parts.step;
-    return {slot_o(slot0),
-            slot_o(base),
-            slot_states(slot0),
-            slot_states(base),
+    return {o_of(first_partial),
+            o_of(base),
+            states_of(first_partial),
+            states_of(base),
             step * kBlockM * kHeadDim,
             step * kBlockM,
             kHeadDim,

@@ -24,8 +24,8 @@ struct DecodePlan {
 };
 
 struct DecodeWorkspace {
-  float* partial_o;     // (slots, block_m, built head_dim)
-  float* partial_rows;  // (slots, block_m, 2): reference of the scores, sum
+  float* partial_o;     // (partials, block_m, built head_dim)
+  float* partial_rows;  // (partials, block_m, 2): reference of the scores, sum
   int* counters;        // zeros; zeros again when the kernel ends
 };
 
@@ -54,7 +54,7 @@ inline bool can_look_ahead(DecodeParams const& params) {
          !cache.block_table && !cache.entries && cache.seqlen_new == 0;
 }
 
-// Workers for the keys of every head in one line, clusters of them, and their slots, which are returned.
+// Workers for the keys of every head in one line, clusters of them, and their partial results, whose number is returned.
 inline int64_t share_line(DecodePlan& plan, DecodeParams const& params, bool narrow, int blocks,
                           int64_t most_tiles, bool has_clusters) {
   Problem const& problem = params.problem;
@@ -95,16 +95,16 @@ inline DecodePlan plan_decode(DecodeParams const& params, int built_head_dim,
 
   DecodePlan plan{};
   plan.group = group, plan.block_m = tile.block_m(), plan.splits = splits;
-  int64_t slots = 0;
+  int64_t partials = 0;
   if (splits > 0) {
     plan.grid = items * splits, plan.workers = 1;
-    slots = splits > 1 ? items * splits : 0;
+    partials = splits > 1 ? items * splits : 0;
   } else {
-    slots = share_line(plan, params, narrow, blocks, most_tiles, device.clusters);
+    partials = share_line(plan, params, narrow, blocks, most_tiles, device.clusters);
   }
-  plan.partial_o    = slots * tile.block_m() * built_head_dim;
-  plan.partial_rows = 2 * slots * tile.block_m();
-  plan.counters     = kMergeLevels * slots;
+  plan.partial_o    = partials * tile.block_m() * built_head_dim;
+  plan.partial_rows = 2 * partials * tile.block_m();
+  plan.counters     = kMergeRounds * partials;
   return plan;
 }
 

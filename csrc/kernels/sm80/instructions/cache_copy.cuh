@@ -28,9 +28,9 @@ struct CacheCopy {
   KvCache const* cache;
   int const* table;  // of the sequence; null: contiguous
   int first, end;
-  int slot, offset;                   // page slot and row in the page of the lookup after the next
-  int step_slots, step_rows;          // kAdvance in pages and rows
-  int tile_row;                       // this thread's first row of the next tile
+  int entry, offset;            // the lookup after the next: of the table or the cache; row in it
+  int step_entries, step_rows;  // kAdvance in pages and rows
+  int tile_row;                 // this thread's first row of the next tile
   int page[kLookups], row[kLookups];  // of the next tile
 
   CUTE_DEVICE CacheCopy(KvCache const& cache_, int batch, int head, int first_, int end_, int row0,
@@ -43,11 +43,11 @@ struct CacheCopy {
     int const row = row0 + own_row / kPageRows * kPageRows;
     table = cache->block_table ? cache->block_table + batch * cache->block_table_stride : nullptr;
     if (table) {
-      slot = row / cache->page_size, offset = row % cache->page_size;
-      step_slots = kAdvance / cache->page_size, step_rows = kAdvance % cache->page_size;
+      entry = row / cache->page_size, offset = row % cache->page_size;
+      step_entries = kAdvance / cache->page_size, step_rows = kAdvance % cache->page_size;
     } else {
-      slot = cache->entries ? __ldg(cache->entries + batch) : batch, offset = row;
-      step_slots = 0, step_rows = kAdvance;
+      entry = cache->entries ? __ldg(cache->entries + batch) : batch, offset = row;
+      step_entries = 0, step_rows = kAdvance;
     }
     look_up(row);
   }
@@ -82,24 +82,24 @@ struct CacheCopy {
       }
     }
     tile_row += kAdvance;
-    slot += step_slots, offset += step_rows;
-    if (table && offset >= cache->page_size) { offset -= cache->page_size, ++slot; }
+    entry += step_entries, offset += step_rows;
+    if (table && offset >= cache->page_size) { offset -= cache->page_size, ++entry; }
     look_up(tile_row - own_row % kPageRows);
   }
 
  private:
   // Pages of the tile whose first row for this thread is in the 16 rows from `row` on.
   CUTE_DEVICE void look_up(int from) {
-    int slot_i = slot, offset_i = offset;
+    int entry_i = entry, offset_i = offset;
     CUTE_UNROLL
     for (int i = 0; i < kLookups; ++i) {
       row[i] = offset_i;
       if (table) {
-        page[i] = from + i * kLookupRows < end ? __ldg(table + slot_i) : -1;
+        page[i] = from + i * kLookupRows < end ? __ldg(table + entry_i) : -1;
         offset_i += kLookupRows;
-        while (offset_i >= cache->page_size) { offset_i -= cache->page_size, ++slot_i; }
+        while (offset_i >= cache->page_size) { offset_i -= cache->page_size, ++entry_i; }
       } else {
-        page[i] = slot_i;
+        page[i] = entry_i;
         offset_i += kLookupRows;
       }
     }
