@@ -219,6 +219,13 @@ def test_frequencies_of_the_owner(edit: str) -> None:
         module.inv_freq = torch.ones(DIM // 2, requires_grad=True)
 
 
+def test_scale_without_scale_base_is_refused() -> None:
+    module = RotaryEmbedding(DIM)
+    module.scale = torch.ones(DIM // 2)
+    with pytest.raises(RuntimeError, match="scale needs scale_base.*got None"):
+        module._update_cos_sin_cache(64)
+
+
 def test_xpos_tables_depend_on_the_length_asked_for_only() -> None:
     """Keys rotated at a cache's length fit queries rotated at it, whatever was asked for between."""
     module = RotaryEmbedding(DIM, scale_base=32.0)

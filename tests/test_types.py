@@ -10,6 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def test_no_file_is_left_out() -> None:
+    assert "ignore_errors" not in (ROOT / "pyproject.toml").read_text()
+
+
 def test_package_follows_mypy() -> None:
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("needs mypy")
