@@ -4,16 +4,13 @@ Used by ``flash_attn_interface`` and ``_upstream`` before anything is launched, 
 Errors are RuntimeError, as users of the CUDA package know them.  Only comparisons of sizes and
 attributes: cheap, and traceable by torch.compile.
 
-``check_lengths`` alone reads tensors: the operators call it on the CPU; on CUDA, where it waits for
-the device, it is called if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.  ``_checks_decode``
-has what only decoding needs.
+``_checks_decode`` has what only decoding needs, ``_checks_data`` what reads tensors.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -184,98 +181,6 @@ def check_integers(
         raise RuntimeError(f"{name} must have shape ({meaning}) = {shape}; got {shape_text(got)}")
     if x.stride()[-1] != 1 and got[-1] > 1:
         raise RuntimeError(f"{name} must be contiguous; got strides {x.stride()}")
-
-
-def check_lengths_on_demand(q: Tensor, k: Tensor, lengths: Lengths) -> None:
-    """``check_lengths`` for CUDA tensors, where the environment asks for it."""
-    if device_data_is_checked(q):
-        check_lengths(q, k, lengths)
-
-
-def device_data_is_checked(q: Tensor) -> bool:
-    """Whether q is on CUDA and the environment asks for checks that wait for the device."""
-    if torch.compiler.is_compiling() or not q.is_cuda:
-        return False
-    if os.environ.get("FLASH_ATTN_CHECK_DEVICE_DATA", "0") in ("", "0"):
-        return False
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return not isinstance(q, FakeTensor)  # which holds no data
-
-
-def check_lengths(q: Tensor, k: Tensor, lengths: Lengths) -> None:
-    """What the tensors of lengths hold: sequences within q and k, pages that exist, maxima."""
-    check_cu_seqlens("cu_seqlens_q", lengths.cu_seqlens_q, "q", q.shape[0])
-    table, rows_k = lengths.block_table, None if lengths.block_table is not None else k.shape[0]
-    check_cu_seqlens("cu_seqlens_k", lengths.cu_seqlens_k, "k", rows_k)
-    check_maximum("max_seqlen_q", lengths.max_seqlen_q, lengths.cu_seqlens_q.diff())
-
-    used = lengths.cu_seqlens_k.diff()
-    if table is not None:
-        capacity = torch.full_like(used, table.shape[1] * k.shape[1])
-        if lengths.seqused_k is None:
-            _check_each("cu_seqlens_k: length of sequence", used, 0, capacity, "block_table holds")
-    else:
-        capacity = used
-    if lengths.seqused_k is not None:
-        used = lengths.seqused_k
-        _check_each("seqused_k", used, 0, capacity, "the sequence has")
-    if lengths.leftpad_k is not None:
-        _check_each("leftpad_k", lengths.leftpad_k, 0, used, "the sequence has")
-    check_maximum("max_seqlen_k", lengths.max_seqlen_k, lengths.seqlens_k)
-    if table is not None:
-        check_pages("k", table, k, lengths.leftpad_k, used)
-
-
-def check_pages(name: str, table: Tensor, k: Tensor, begin: Tensor | None, end: Tensor) -> None:
-    """The pages of the rows begin to end of each sequence exist; begin: None for 0."""
-    num_blocks, page_size = k.shape[:2]
-    first_rows = torch.arange(table.shape[1], device=table.device) * page_size
-    is_used = first_rows < end[:, None]
-    if begin is not None:
-        is_used &= (first_rows + page_size > begin[:, None]) & (begin < end)[:, None]
-    wrong = is_used & ((table < 0) | (table >= num_blocks))
-    if wrong.any():
-        sequence, column = wrong.nonzero()[0].tolist()
-        raise RuntimeError(
-            f"block_table[{sequence}, {column}] must be a block of {name}, 0 to {num_blocks - 1}; got"
-            f" {table[sequence, column].item()}"
-        )
-
-
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, of: str, rows: int | None) -> None:
-    if cu_seqlens[0] != 0:
-        raise RuntimeError(f"{name} must start at 0; got {name}[0] = {cu_seqlens[0].item()}")
-    lengths = cu_seqlens.diff()
-    if (lengths < 0).any():
-        index = int((lengths < 0).nonzero()[0])
-        before, after = cu_seqlens[index : index + 2].tolist()
-        raise RuntimeError(
-            f"{name} must not decrease; got {name}[{index}] = {before}, then {after}"
-        )
-    if rows is not None and cu_seqlens[-1] > rows:
-        raise RuntimeError(
-            f"{name} must end within {of}, which has {rows} rows; got {name}[-1] ="
-            f" {cu_seqlens[-1].item()}"
-        )
-
-
-def check_maximum(name: str, maximum: int, lengths: Tensor) -> None:
-    longest = int(lengths.max())
-    if maximum < longest:
-        raise RuntimeError(
-            f"{name} must be at least the longest sequence, {longest}; got {maximum}"
-        )
-
-
-def _check_each(name: str, x: Tensor, least: int, most: Tensor, limit: str) -> None:
-    wrong = (x < least) | (x > most)
-    if wrong.any():
-        index = int(wrong.nonzero()[0])
-        raise RuntimeError(
-            f"{name}[{index}] must be from {least} to {most[index].item()}, the keys that {limit};"
-            f" got {x[index].item()}"
-        )
 
 
 def check_packed(name: str, x: Tensor, count: int, layout: str) -> None:

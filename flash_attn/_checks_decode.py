@@ -1,14 +1,10 @@
 """Checks of what decoding takes: queries, a cache of keys and values, new ones, rotary tables.
 
 Used by ``_decode`` before anything is launched, alike on every device; in the manner of ``_checks``.
-``check_cache_contents`` alone reads tensors: the operators call it on the CPU; on CUDA, where it
-waits for the device, it is called if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,19 +14,13 @@ from flash_attn._checks import (
     CUDA_DTYPES,
     MAX_HEAD_DIM,
     check_block_table,
-    check_cu_seqlens,
     check_dtype_and_device,
     check_head_sizes,
     check_integers,
-    check_maximum,
-    check_pages,
     resolve_integer,
     shape_text,
 )
 from flash_attn.cpu.scores import compute_dtype
-
-if TYPE_CHECKING:  # ``_ops`` imports this file
-    from flash_attn._ops import Cache, Options
 
 # The attention kernels copy vectors of 8 elements; where head_dim is no multiple, a copy is padded.
 CACHE_VECTOR = 8
@@ -178,10 +168,10 @@ def check_capacity(cache_seqlen: int, seqlen_new: int, capacity: int, is_paged: 
                 "k: it must have seqlen <= the seqlen of the KV cache; got seqlen_new ="
                 f" {seqlen_new}, {_capacity_text(capacity, is_paged)}"
             )
-        _raise_beyond_capacity("cache_seqlens", cache_seqlen, seqlen_new, capacity, is_paged)
+        raise_beyond_capacity("cache_seqlens", cache_seqlen, seqlen_new, capacity, is_paged)
 
 
-def _raise_beyond_capacity(
+def raise_beyond_capacity(
     name: str, cache_seqlen: int, seqlen_new: int, capacity: int, is_paged: bool
 ) -> NoReturn:
     new = f" + {seqlen_new} new rows" if seqlen_new else ""
@@ -309,86 +299,4 @@ def _check_state(
         raise RuntimeError(
             f"{name} must have the shape, dtype and device {whose} {tuple(shape)}, {dtype}, {device};"
             f" got {shape_text(x.shape)}, {x.dtype}, {x.device}"
-        )
-
-
-def check_cache_contents(
-    q: Tensor,
-    k_cache: Tensor,
-    k: Tensor | None,
-    rotary_cos: Tensor | None,
-    cache: Cache,
-    options: Options,
-) -> None:
-    """What the tensors of cache hold: lengths within the capacity, entries and pages that exist."""
-    table, is_new = cache.block_table, k is not None
-    if cache.cu_seqlens_q is None:
-        seqlens_q = torch.full((q.shape[0],), q.shape[1], device=q.device)
-        seqlens_new = torch.full_like(seqlens_q, 0 if k is None else k.shape[1])
-    else:
-        check_cu_seqlens("cu_seqlens_q", cache.cu_seqlens_q, "q", q.shape[0])
-        seqlens_q = cache.cu_seqlens_q.diff()
-        check_maximum("max_seqlen_q", cache.max_seqlen_q, seqlens_q)
-        seqlens_new = seqlens_q if is_new else torch.zeros_like(seqlens_q)
-    seqlens = cache.cache_seqlens
-    if seqlens is None:
-        seqlens = torch.full_like(seqlens_q, cache.cache_seqlen)
-
-    capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
-    for index, pair in enumerate(zip(seqlens.tolist(), seqlens_new.tolist())):
-        if pair[0] < 0 or sum(pair) > capacity:
-            _raise_beyond_capacity(f"cache_seqlens[{index}]", *pair, capacity, table is not None)
-    end = seqlens + seqlens_new
-
-    if cache.cache_batch_idx is not None:
-        entries = cache.cache_batch_idx
-        last = torch.full_like(entries, k_cache.shape[0] - 1)
-        _check_range("cache_batch_idx", entries, last, "the last entry of k_cache")
-        if is_new and len(entries.unique()) < len(entries):
-            raise RuntimeError(
-                "cache_batch_idx must not name an entry twice where k and v are appended; got"
-                f" {entries.tolist()}"
-            )
-    begin = cache.cache_leftpad
-    if begin is not None:
-        _check_range("cache_leftpad", begin, end, "the sequence's length")
-    if table is not None:
-        if begin is not None and is_new:
-            begin = torch.minimum(begin, seqlens)  # what is appended is written even if skipped
-        check_pages("k_cache", table, k_cache, begin, end)
-        if is_new:
-            _check_written_once(table, k_cache.shape[1], seqlens, seqlens_new)
-    if rotary_cos is not None:
-        moves = options.causal or options.window_left >= 0 or options.window_right >= 0
-        behind = seqlens + (seqlens_q if moves else seqlens_q.clamp(max=1))
-        most = torch.full_like(behind, rotary_cos.shape[0])
-        _check_range("rotary_cos: rows for the queries of sequence", behind, most, "seqlen_rotary")
-
-
-def _check_written_once(
-    table: Tensor, page_size: int, seqlens: Tensor, seqlens_new: Tensor
-) -> None:
-    """No two of the rows that are appended are one row of one page."""
-    sequence = torch.arange(len(seqlens), device=table.device).repeat_interleave(seqlens_new)
-    index = torch.arange(len(sequence), device=table.device)
-    row = seqlens[sequence] + index - (seqlens_new.cumsum(0) - seqlens_new)[sequence]
-    page = table[sequence, row // page_size].long()
-    place, order = (page * page_size + row % page_size).sort(stable=True)
-    is_again = place[1:] == place[:-1]
-    if is_again.any():
-        at = int(is_again.nonzero()[0])
-        pair = sequence[order[at : at + 2]].tolist()
-        raise RuntimeError(
-            "block_table must not name a block twice where k and v are appended; got block"
-            f" {place[at].item() // page_size} for new rows of sequences {pair[0]} and {pair[1]}"
-        )
-
-
-def _check_range(name: str, x: Tensor, most: Tensor, limit: str) -> None:
-    wrong = (x < 0) | (x > most)
-    if wrong.any():
-        index = int(wrong.nonzero()[0])
-        raise RuntimeError(
-            f"{name}[{index}] must be from 0 to {most[index].item()}, {limit}; got"
-            f" {x[index].item()}"
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_attn import _checks, _checks_decode, _ops, _transforms
+from flash_attn import _checks, _checks_data, _checks_decode, _ops, _transforms
 from flash_attn._autograd import maybe_contiguous, split_score
 from flash_attn._ops import Cache, Options
 
@@ -146,9 +146,9 @@ def flash_attn_with_kvcache(
     )
     cache = (cu_seqlens_q, max_seqlen_q, seqlens, seqlen, *indices)
     numbers, scale, cap = split_score("flash_attn_with_kvcache", score)
-    if _checks.device_data_is_checked(q):
+    if _checks_data.device_data_is_checked(q):
         checked = Cache(*cache), Options(*numbers, alibi_slopes, 0.0, None)
-        _checks_decode.check_cache_contents(q, k_cache, k, rotary_cos, *checked)
+        _checks_data.check_cache_contents(q, k_cache, k, rotary_cos, *checked)
 
     head_dim = q.shape[-1]
     padding = k_cache.shape[3] - head_dim

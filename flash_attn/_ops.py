@@ -8,8 +8,8 @@ The CPU implementation is ``cpu.register``.  The CUDA implementation comes with 
 ``flash_attn_2_cuda``, which registers itself when it is imported.  Without it everything but a call
 on CUDA tensors works.
 
-``cpu.register`` is imported last, because it needs this file.  ``_checks``, ``_checks_decode`` and
-``cpu.scores`` are imported before this file is complete: they import it for type checkers alone.
+``cpu.register`` is imported last, because it needs this file.  The files of checks and ``cpu.scores``
+are imported before this file is complete: they import it for type checkers alone.
 """
 
 from typing import NamedTuple

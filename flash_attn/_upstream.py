@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _checks_decode, _ops
+from flash_attn import _checks, _checks_data, _checks_decode, _ops
 from flash_attn._ops import Lengths
 
 USE_TRITON_ROCM = False
@@ -139,7 +139,7 @@ def _flash_attn_varlen_forward(
     if return_softmax and dropout_p > 0 and (leftpad_k is not None or seqused_k is not None):
         raise RuntimeError("return_softmax: S_dmask is not available with leftpad_k or seqused_k")
     num_splits = _checks_decode.check_num_splits(num_splits)
-    _checks.check_lengths_on_demand(q, k, lengths)
+    _checks_data.check_lengths_on_demand(q, k, lengths)
     *results, rng_state = _ops.varlen_forward(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, *score),
         *(alibi_slopes, return_softmax, block_table, leftpad_k, seqused_k),
@@ -225,7 +225,7 @@ def _flash_attn_varlen_backward(
     )
     _check_rng_state(rng_state, dropout_p)
     _check_gradients((dq, dk, dv), (q, k, v))
-    _checks.check_lengths_on_demand(q, k, lengths)
+    _checks_data.check_lengths_on_demand(q, k, lengths)
     return _ops.varlen_backward(
         *(dout, q, k, v, out, softmax_lse, dq, dk, dv),
         *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, *score),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _op_gradients, _ops, _upstream  # noqa: F401
+from flash_attn import _checks, _checks_data, _op_gradients, _ops, _upstream  # noqa: F401
 from flash_attn._autograd import (
     attention,
     maybe_contiguous,  # noqa: F401
@@ -303,7 +303,7 @@ def flash_attn_varlen_func(
     score = _checks.check_options(
         q, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
-    _checks.check_lengths_on_demand(q, k, lengths)
+    _checks_data.check_lengths_on_demand(q, k, lengths)
     return attention(
         "flash_attn_varlen_func",
         *(q, k, v, lengths, score),
@@ -343,7 +343,7 @@ def flash_attn_varlen_kvpacked_func(
     score = _checks.check_options(
         q, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
-    _checks.check_lengths_on_demand(q, kv, lengths)
+    _checks_data.check_lengths_on_demand(q, kv, lengths)
     return attention(
         "flash_attn_varlen_kvpacked_func",
         *(q, kv, None, lengths, score),
@@ -382,7 +382,7 @@ def flash_attn_varlen_qkvpacked_func(
     score = _checks.check_options(
         qkv, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
-    _checks.check_lengths_on_demand(qkv, qkv, lengths)
+    _checks_data.check_lengths_on_demand(qkv, qkv, lengths)
     return attention(
         "flash_attn_varlen_qkvpacked_func",
         *(qkv, None, None, lengths, score),

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_attn import _ops
-from flash_attn._checks import check_lengths, check_number
-from flash_attn._checks_decode import check_cache_contents
+from flash_attn._checks import check_number
+from flash_attn._checks_data import check_cache_contents, check_lengths
 from flash_attn._ops import Cache, Lengths, Options
 from flash_attn._overlap import check_written
 from flash_attn.cpu import attention, checks, decode, varlen
