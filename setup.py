@@ -4,6 +4,8 @@ Environment variables
     FLASH_ATTN_CUDA_ARCHS         "80;90": targets; default: the visible GPU's, "80;90" without one
     FLASH_ATTN_HEAD_DIMS          "64,128": head dimensions to build; default: all of kernel_list.py
     FLASH_ATTN_DTYPES             "bf16": dtypes to build; default: "fp16,bf16"
+    FLASH_ATTN_SMEM_KB            "227,99": sizes of shared memory, in KB per thread block, to have tiles
+                                  for; default: those of the targets' GPUs
     FLASH_ATTN_TEST_UNITS         1: with a unit for tests of the build alone
     FLASH_ATTN_SKIP_CUDA_BUILD    1: the Python package and the CPU backend only
     FLASH_ATTN_BUILD_WITHOUT_GPU  0: the same where no GPU is visible and FLASH_ATTN_CUDA_ARCHS names
@@ -175,6 +177,7 @@ def make_extension(plan: Plan):
         plan.archs,
         plan.head_dims,
         plan.dtypes,
+        smem_kb=plan.smem_kb,
         test_units=plan.test_units,
     )
     sources = [*generated[:-1], *build_config.handwritten_sources(), generated[-1]]

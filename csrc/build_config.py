@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from csrc.kernels.kernel_list import DTYPES, HEAD_DIMS
+from csrc.kernels import kernel_list
+from csrc.kernels.kernel_list import DTYPES, HEAD_DIMS, SMEM_KB
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = Path("build") / "generated"
@@ -88,6 +89,18 @@ def parse_dtypes(text: str) -> tuple[str, ...]:
                 f"FLASH_ATTN_DTYPES={text!r}: {word!r} is not one of {', '.join(DTYPES)}"
             )
     return tuple(d for d in DTYPES if d in chosen) if chosen else DTYPES
+
+
+def parse_smem_kb(text: str) -> tuple[int, ...]:
+    """Sizes of shared memory in "227,99" form, falling; an empty text gives ()."""
+    chosen = _words(text)
+    for word in chosen:
+        if word not in map(str, SMEM_KB):
+            raise BuildError(
+                f"FLASH_ATTN_SMEM_KB={text!r}: {word!r} is not one of "
+                f"{', '.join(map(str, SMEM_KB))}"
+            )
+    return tuple(size for size in SMEM_KB if str(size) in chosen)
 
 
 def parse_switch(name: str, text: str, default: bool = False) -> bool:
@@ -278,6 +291,7 @@ class Plan:
     archs: tuple[int, ...] = ()
     head_dims: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
+    smem_kb: tuple[int, ...] = ()  # sizes of shared memory with tiles
     test_units: bool = False
 
     @property
@@ -315,6 +329,7 @@ def make_plan(env: Mapping[str, str], toolkit: Toolkit | None, torch: Torch | st
     requested = parse_archs(env.get("FLASH_ATTN_CUDA_ARCHS", ""))
     head_dims = parse_head_dims(env.get("FLASH_ATTN_HEAD_DIMS", ""))
     dtypes = parse_dtypes(env.get("FLASH_ATTN_DTYPES", ""))
+    requested_kb = parse_smem_kb(env.get("FLASH_ATTN_SMEM_KB", ""))
     test_units = parse_switch("FLASH_ATTN_TEST_UNITS", env.get("FLASH_ATTN_TEST_UNITS", ""))
     name = "FLASH_ATTN_BUILD_WITHOUT_GPU"
     without_gpu = parse_switch(name, env.get(name, ""), default=True)
@@ -345,12 +360,14 @@ def make_plan(env: Mapping[str, str], toolkit: Toolkit | None, torch: Torch | st
         raise BuildError(
             f"nvcc {toolkit.version} cannot compile for sm_{unsupported[0]} ({source})"
         )
+    smem_kb = requested_kb or kernel_list.smem_kb(archs)
     message = (
         f"CUDA {toolkit.version} at {toolkit.root}, torch {torch.version}: building "
         f"flash_attn_2_cuda for {', '.join(f'sm_{a}' for a in archs)} ({source}), "
-        f"head_dim {', '.join(map(str, head_dims))}, {', '.join(dtypes)}"
+        f"head_dim {', '.join(map(str, head_dims))}, {', '.join(dtypes)}, "
+        f"tiles for {', '.join(map(str, smem_kb))} KB of shared memory"
     )
-    return Plan(message, toolkit, torch, archs, head_dims, dtypes, test_units)
+    return Plan(message, toolkit, torch, archs, head_dims, dtypes, smem_kb, test_units)
 
 
 def plan_from_environment() -> Plan:

@@ -32,6 +32,8 @@ struct BwdMainloop {
   static constexpr BwdForm kForm  = bwd_form(Traits::kHeadDim, kMask, kLevel);
   // Blocks that cross a window's edge seldom cross both: each is masked by itself, and LSE is read before.
   static constexpr bool kByEdge = kForm.by_edge;
+  // The next Q and dO arrive where this block's are, beside its dQ; otherwise in the other stage, beside the whole step.
+  static constexpr bool kOneStage = Traits::kStages == 1;
 
   // Matrices of the key head and of the first query head that shares it.
   struct Operands {
@@ -116,22 +118,30 @@ struct BwdMainloop {
     cp_async_commit();
     clear_now<true>(tdKrdK), clear_now<true>(tdVrdV);  // while the loads are under way
 
-    for (int stage = 0; head < read_now(saved.group); stage ^= 1) {
+    for (int stage = 0; head < read_now(saved.group); stage ^= Traits::kStages - 1) {
       // Shared memory addresses that depend on the thread are worth fewer registers than they would take across iterations.
       int const lane = kHasSm90 ? opaque(thread) : thread_now();
       cp_async_wait<0>();
       __syncthreads();  // PROTECTS: this stage has arrived; all warps are done with the other stage and with dS^T, P^T.
       auto const ends_head = [&] { return m_block + 1 == range().end; };
-      bool const new_head  = ends_head();
-      int const next_block = new_head ? range().first : m_block + 1;
-      if (!(new_head && head + 1 == read_now(saved.group))) {
-        int64_t const rows = int64_t(next_block - m_block) * kBlockM;  // without kKeep unused
-        copy_q.move(rows * q_stride + (new_head ? params.q.head_stride : 0));
-        copy_dout.move(rows * dout_stride + (new_head ? params.dout.head_stride : 0));
-        start_tiles(stage ^ 1, head + new_head, next_block, lane);
-        start_rows(stage ^ 1, head + new_head, next_block, lane);
-      }
-      cp_async_commit();
+      bool new_head        = false;
+      int next_block       = 0;
+      auto const find_next = [&] {
+        new_head   = ends_head();
+        next_block = new_head ? range().first : m_block + 1;
+      };
+      auto const start_next = [&](int next_stage) {
+        find_next();
+        if (!(new_head && head + 1 == read_now(saved.group))) {
+          int64_t const rows = int64_t(next_block - m_block) * kBlockM;  // without kKeep unused
+          copy_q.move(rows * q_stride + (new_head ? params.q.head_stride : 0));
+          copy_dout.move(rows * dout_stride + (new_head ? params.dout.head_stride : 0));
+          start_tiles(next_stage, head + new_head, next_block, lane);
+          start_rows(next_stage, head + new_head, next_block, lane);
+        }
+        cp_async_commit();
+      };
+      if constexpr (!kOneStage) { start_next(stage ^ 1); }
 
       Element* const stage_q   = smem_q + stage * 2 * TileQ::kSize;
       float const* const sRows = smem_rows + stage * kRowValues;
@@ -230,29 +240,44 @@ struct BwdMainloop {
           gemm_rs<typename Traits::OperandQt>(mma_dkv, tdKrdK, tdKrdS, sQt, lane);
         }
       }
-      __syncthreads();  // PROTECTS: dS^T (and P^T) of all warps are in shared memory.
+      // PROTECTS: dS^T (and P^T) of all warps are in shared memory.  With P^T in registers, Q and dO have been read by all warps.
+      __syncthreads();
 
-      if constexpr (!Traits::kPInRegs) {  // dV += P^T dO
+      auto const add_to_dv = [&] {  // dV += P^T dO
         gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
             mma_dkv, tdVrdV, sP, TileQ::transposed(stage_q + TileQ::kSize), lane);
-      }
-      // dQ += dS K
-      auto tdQrdQ = partition_fragment_C(typename Traits::MmaDq{},
-                                         Shape<Int<kBlockM>, Int<Traits::kHeadDim>>{});
-      clear(tdQrdQ);
-      gemm_ss<typename Traits::OperandDs, typename Traits::OperandKt>(
-          typename Traits::MmaDq{}, tdQrdQ, TileS::transposed(smem_s), TileK::transposed(smem),
-          lane);
-      int const place  = index(head, m_block);
-      int* const turns = params.workspace.dq_turn;
-      add_to_dq<Traits::kThreads>(
-          params.workspace.dq_accum + int64_t(place) * Traits::kDqElements, tdQrdQ,
-          turns ? turns + place : nullptr,
-          first_key / kBlockN - key_blocks<kBlockM, kBlockN>(see_now(), m_block).first, lane);
-      if constexpr (!Traits::kPInRegs) {  // dK += dS^T Q
+      };
+      auto const add_to_dk = [&] {  // dK += dS^T Q
         gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
             mma_dkv, tdKrdK, sdS, TileQ::transposed(stage_q), lane);
+      };
+      if constexpr (!Traits::kPInRegs) { add_to_dv(); }
+      if constexpr (kOneStage) {
+        if constexpr (!Traits::kPInRegs) {
+          add_to_dk();
+          __syncthreads();  // PROTECTS: all warps are done with Q and dO, which the next ones replace.
+        }
+        start_next(0);
       }
+      // dQ += dS K
+      CUTE_UNROLL
+      for (int part = 0; part < Traits::kDqParts; ++part) {
+        auto tdQrdQ = partition_fragment_C(typename Traits::MmaDq{},
+                                           Shape<Int<kBlockM>, Int<Traits::kDqColumns>>{});
+        clear(tdQrdQ);
+        gemm_ss<typename Traits::OperandDs, typename Traits::OperandKt>(
+            typename Traits::MmaDq{}, tdQrdQ, TileS::transposed(smem_s), columns_of_k(smem, part),
+            lane);
+        int const place  = index(head, m_block);
+        int* const turns = params.workspace.dq_turn;
+        add_to_dq<Traits::kThreads>(
+            params.workspace.dq_accum + int64_t(place) * Traits::kDqElements +
+                part * (kBlockM * Traits::kDqColumns),
+            tdQrdQ, turns ? turns + place : nullptr,
+            first_key / kBlockN - key_blocks<kBlockM, kBlockN>(see_now(), m_block).first, lane,
+            {part == 0, part + 1 == Traits::kDqParts});
+      }
+      if constexpr (!Traits::kPInRegs && !kOneStage) { add_to_dk(); }
       // For sm_80 computed again: kept, they were spilled.
       bool const ends = kHasSm90 ? new_head : ends_head();
       m_block         = kHasSm90 ? next_block : ends ? range().first : m_block + 1;
@@ -265,6 +290,16 @@ struct BwdMainloop {
   CUTE_DEVICE static auto coordinates(int thread) {
     auto tScS = tile_coordinates<typename Traits::MmaSdp, TileSdp>(thread);
     return rows_of(tScS);
+  }
+
+  // K^T (head_dim, keys) of one of the parts of dQ.
+  CUTE_DEVICE static auto columns_of_k(Element* smem, int part) {
+    if constexpr (Traits::kDqParts == 1) {
+      return TileK::transposed(smem);
+    } else {
+      return local_tile(TileK::transposed(smem), Shape<Int<Traits::kDqColumns>, Int<kBlockN>>{},
+                        make_coord(part, _0{}));
+    }
   }
 
   // ldmatrix.x4 of Q (or dO) in one S^T (or dP^T) per warp.
