@@ -396,13 +396,18 @@ def include_flags(cutlass: Path, toolkit: Toolkit) -> list[str]:
     return ours + [word for folder in others for word in ("-isystem", str(folder))]
 
 
+def target_name(arch: int) -> str:
+    """The compiler's name of an architecture: sm_90 with its own instructions."""
+    return "sm_90a" if arch == 90 else f"sm_{arch}"
+
+
 def gencode(arch: int) -> list[str]:
-    """nvcc's target of one architecture: SASS only; sm_90 with its own instructions.
+    """nvcc's target of one architecture: SASS only.
 
     Two words, so that csrc/nvcc_of_unit.py finds them in a command.
     """
-    name = "90a" if arch == 90 else str(arch)
-    return ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+    name = target_name(arch)
+    return ["-gencode", f"arch={name.replace('sm', 'compute')},code={name}"]
 
 
 def nvcc_flags(archs: Iterable[int]) -> list[str]:

@@ -101,12 +101,12 @@ constexpr FwdForm fwd_form(FwdTile const& tile, int head_dim, MaskKind mask, Lev
       .by_edge = plain_window,
       // Without it the loop of the steps that skip spills 8 bytes; with it, 6 % faster.
       .parks = plain_window && head_dim == 128,
-      // 2 % faster at 64; the others spill.
-      .upward = plain && !(windows && head_dim == 128),
+      // 2 % faster at 64; the others spill, for sm_80 also 256.
+      .upward = plain && !(windows && head_dim == 128) && (kHasSm90 || head_dim != 256),
       // From 128 on there is no register for it.
       .keeps_first = head_dim <= 96,
-      // 96 and 128 need fewer registers with it, 256 more.
-      .first_in_loop = head_dim == 96 || head_dim == 128,
+      // 96 and 128 need fewer registers with it, 256 more, as does ALiBi at 128 for sm_80.
+      .first_in_loop = head_dim == 96 || (head_dim == 128 && (kHasSm90 || level != Level::kAlibi)),
       // 256 needs fewer registers when the compiler decides.
       .late_o = head_dim != 256 || !windows || changes_scores(level),
       // A vote tells the compiler that lanes agree.  The others spill with it.
@@ -118,6 +118,8 @@ constexpr FwdForm fwd_form(FwdTile const& tile, int head_dim, MaskKind mask, Lev
       .plain_part  = FwdForm::kAnyPart,
       .masked_part = FwdForm::kAnyPart,
   };
+  // For sm_80 it spilled.
+  if (!kHasSm90 && head_dim == 128 && level == Level::kAll) { form.early = tile.early - 1; }
   // tanh and exponentials use the same unit: fewer of them before the product.
   if (head_dim == 64 && level == Level::kSoftcap) { form.early = 1; }
   if (level == Level::kDropout) {
