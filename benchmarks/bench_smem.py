@@ -26,6 +26,7 @@ from report import finish, mask_name
 from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_with_kvcache
+from flash_attn._head_dims import HEAD_DIMS
 
 TARGET_SECONDS = 0.1
 TARGET = 1.3  # times the device's own tiles
@@ -63,7 +64,7 @@ def cells(head_dims: Sequence[int]) -> list[Cell]:
     for head_dim in (128, 192, 256):
         found += [Cell("bwd", head_dim, True), Cell("bwd", head_dim, False)]
         found.append(Cell("bwd", head_dim, True, dropout=True))
-    found += [Cell("decode", head_dim) for head_dim in (32, 64, 96, 128, 192, 256)]
+    found += [Cell("decode", head_dim) for head_dim in HEAD_DIMS]
     return [cell for cell in found if cell.head_dim in head_dims]
 
 
@@ -76,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--head-dims", type=int, nargs="+", default=[32, 64, 96, 128, 192, 256])
+    add("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS))
     add("--tokens", type=int, default=8192, help="one sequence, 2048 / head_dim heads")
     add("--repeats", type=int, help=f"default: what fits into {TARGET_SECONDS} s per measurement")
     add("--seed", type=int, default=0)

@@ -14,6 +14,8 @@ import bench_smem
 import update_readme
 from bench_smem import DEVICE, Cell, make_row
 
+from flash_attn._head_dims import HEAD_DIMS
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = {DEVICE: 2.0, 163: 2.2, 99: 2.8}
 
@@ -35,10 +37,10 @@ class Extension:
 
 
 def test_every_pass_whose_tile_changes_is_measured():
-    found = bench_smem.cells([32, 64, 96, 128, 192, 256])
+    found = bench_smem.cells(HEAD_DIMS)
     assert {(c.direction, c.head_dim) for c in found} >= {
         *(("bwd", d) for d in (128, 192, 256)),
-        *(("decode", d) for d in (32, 64, 96, 128, 192, 256)),
+        *(("decode", d) for d in HEAD_DIMS),
         ("fwd", 192),
     }
     assert any(c.dropout for c in found) and {c.causal for c in found} == {True, False}

@@ -9,6 +9,7 @@
 #include "sm80/fwd/scores.cuh"
 #include "sm80/fwd/weights.cuh"
 #include "sm80/instructions/fragment.cuh"
+#include "sm80/loop_forms.h"
 
 namespace flash::sm80 {
 
