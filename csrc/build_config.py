@@ -25,9 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 GENERATED = Path("build") / "generated"
 DEFAULT_ARCHS = (80, 90)
 MINIMUM_ARCH = 80
-BYTES_PER_JOB = (
-    5 * 10**9
-)  # peak of one kernel unit's compilation (benchmarks/bench_build.py), with room
+# Peak of one kernel unit's compilation (benchmarks/bench_build.py), with room; more for each further
+# size of shared memory that it has tiles for.
+BYTES_PER_JOB = 5 * 10**9
+BYTES_PER_SIZE = 2 * 10**9
+# peak of one kernel unit's compilation (benchmarks/bench_build.py), with room
 
 # Headers that torch's CUDA headers include and that a small toolkit may lack.
 LIBRARY_HEADERS = ("cublas_v2.h", "cublasLt.h", "cusparse.h", "cusolverDn.h", "curand.h", "cufft.h")
@@ -182,11 +184,15 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return min(free) if free else None
 
 
-def compute_jobs(max_jobs: int | None, cpus: int, memory: int | None) -> int:
-    """Compilers to run at once: MAX_JOBS, otherwise what cores and free memory allow, at least 1."""
+def compute_jobs(max_jobs: int | None, cpus: int, memory: int | None, sizes: int = 1) -> int:
+    """Compilers to run at once: MAX_JOBS, otherwise what cores and free memory allow, at least 1.
+
+    sizes: of shared memory, which each unit has tiles for.
+    """
     if max_jobs is not None:
         return max_jobs
-    return max(1, cpus if memory is None else min(cpus, memory // BYTES_PER_JOB))
+    bytes_per_job = BYTES_PER_JOB + (sizes - 1) * BYTES_PER_SIZE
+    return max(1, cpus if memory is None else min(cpus, memory // bytes_per_job))
 
 
 # --- Toolkit and torch ----------------------------------------------------------------------------

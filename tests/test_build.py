@@ -226,6 +226,11 @@ def test_jobs(max_jobs: int | None, cpus: int, memory: int | None, jobs: int) ->
     assert build_config.compute_jobs(max_jobs, cpus, memory) == jobs
 
 
+def test_units_with_tiles_of_several_sizes_take_more_memory() -> None:
+    found = [build_config.compute_jobs(None, 16, 63 * 10**9, sizes) for sizes in (1, 2, 3)]
+    assert found == [12, 9, 7]
+
+
 # --- Toolkit and plan ------------------------------------------------------------------------------
 
 

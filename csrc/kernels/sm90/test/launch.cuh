@@ -4,7 +4,6 @@
 
 #include "entry.h"
 #include "pieces/launch.cuh"
-#include "pieces/smem_size.h"
 
 namespace flash::sm90 {
 
