@@ -4,11 +4,14 @@ Environment variables
     FLASH_ATTN_CUDA_ARCHS         "80;90": targets; default: the visible GPU's, "80;90" without one
     FLASH_ATTN_HEAD_DIMS          "64,128": head dimensions to build; default: all of kernel_list.py
     FLASH_ATTN_DTYPES             "bf16": dtypes to build; default: "fp16,bf16"
+    FLASH_ATTN_SMEM_KB            "227,99": sizes of shared memory, in KB per thread block, to have tiles
+                                  for; default: those of the targets' GPUs
     FLASH_ATTN_TEST_UNITS         1: with a unit for tests of the build alone
     FLASH_ATTN_SKIP_CUDA_BUILD    1: the Python package and the CPU backend only
     FLASH_ATTN_BUILD_WITHOUT_GPU  0: the same where no GPU is visible and FLASH_ATTN_CUDA_ARCHS names
                                   no target; default: 1, in the Makefile 0
-    MAX_JOBS                      compilers at once; default: min(cores, free memory / 5 GB)
+    MAX_JOBS                      compilers at once; default: min(cores, free memory / 5 GB; 2 GB more
+                                  for each further size of FLASH_ATTN_SMEM_KB)
     CUTLASS_PATH                  a CUTLASS (4.2 or later) on disk; default: the pinned wheel, downloaded once
     CUDA_HOME, CUDA_PATH          the CUDA toolkit; default: that of nvcc on PATH
 
@@ -162,6 +165,7 @@ def make_extension(plan: Plan):
         build_config.parse_max_jobs(os.environ.get("MAX_JOBS", "")),
         build_config.available_cpus(),
         build_config.available_memory(),
+        len(plan.smem_kb),
     )
     os.environ["MAX_JOBS"] = str(jobs)
     os.environ["CUDA_HOME"] = str(toolkit.root)  # read when torch.utils.cpp_extension is imported
@@ -175,6 +179,7 @@ def make_extension(plan: Plan):
         plan.archs,
         plan.head_dims,
         plan.dtypes,
+        smem_kb=plan.smem_kb,
         test_units=plan.test_units,
     )
     sources = [*generated[:-1], *build_config.handwritten_sources(), generated[-1]]

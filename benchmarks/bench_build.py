@@ -2,9 +2,13 @@
 
     python benchmarks/bench_build.py                          every file, one at a time
     python benchmarks/bench_build.py --units fwd_hd128_bf16   these only; the others keep their entry
+    python benchmarks/bench_build.py --archs 90               for these architectures only; what the
+                                                              report says of others stays if it is
+                                                              of the same sources and flags
     python benchmarks/bench_build.py --show                   the tables of the last run
 
-Compiles with setup.py's flags and without a compiler cache, writes results/build.json and prints the tables.
+Compiles with setup.py's flags, for every size of shared memory and without a compiler cache, writes
+results/build.json and prints the tables.
 Only csrc/torch needs torch.  The exit status is 1 when a kernel spills, uses local memory or serialises
 wgmma, or when a compiler warns.
 """
@@ -34,11 +38,13 @@ if str(ROOT) not in sys.path:
 
 from csrc import build_config  # noqa: E402
 from csrc.build_config import BuildError, Toolkit  # noqa: E402
+from csrc.kernels import kernel_list  # noqa: E402
 from csrc.kernels.generate import generate, targets_of  # noqa: E402
 from third_party.fetch_cutlass import Cutlass, CutlassError, fetch_cutlass  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "build.json"
 DEFAULT_ARCH = 90
+ARCHS = (80, 86, 89, 90, 120)  # of the report
 
 
 # --- ptxas -----------------------------------------------------------------------------------------
@@ -123,7 +129,7 @@ def demangle(names: Sequence[str]) -> list[str]:
 
 @dataclass
 class Unit:
-    """One compiled file and what it cost."""
+    """One compiled file, what it cost for its archs, and the kernels of these and of earlier runs."""
 
     name: str
     source: str  # relative to the repository
@@ -247,7 +253,8 @@ def sources_of_build(archs: tuple[int, ...]) -> list[Path]:
     folder = (
         ROOT / "build" / "generated_complete"
     )  # setup.py's folder may hold a part of the kernels
-    generated = [p.relative_to(ROOT) for p in generate(folder, archs)]
+    files = generate(folder, archs, smem_kb=kernel_list.SMEM_KB)
+    generated = [path.relative_to(ROOT) for path in files]
     return [*generated[:-1], *build_config.handwritten_sources(), generated[-1]]
 
 
@@ -279,20 +286,22 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def tables(report: dict) -> str:
     """The report as two Markdown tables: files and kernels."""
     units = sorted(report["units"], key=lambda u: -u["seconds"])
-    files = [("file", "seconds", "peak GB", "object MB", "kernels")]
+    files = [("file", "for", "seconds", "peak GB", "object MB", "kernels")]
     for u in units:
+        archs = " ".join(map(str, u["archs"])) if u["kernels"] else ""
         numbers = (u["seconds"], u["peak_gb"], u["object_mb"], len(u["kernels"]))
-        files.append((u["name"], *map(str, numbers)))
+        files.append((u["name"], archs, *map(str, numbers)))
     seconds = sum(u["seconds"] for u in units)
     peak = max((u["peak_gb"] for u in units), default=0)
     size = sum(u["object_mb"] for u in units)
-    files.append((f"{len(units)} files", f"{seconds:.0f}", f"{peak:.1f}", f"{size:.1f}", ""))
-    kernels = [("unit", "kernel", "registers", "spill bytes", "stack bytes", "static smem bytes")]
+    files.append((f"{len(units)} files", "", f"{seconds:.0f}", f"{peak:.1f}", f"{size:.1f}", ""))
+    facts = ("registers", "spill bytes", "stack bytes", "static smem bytes")
+    kernels = [("unit", "for", "kernel", *facts)]
     for u in sorted(units, key=lambda u: u["name"]):
         for k in u["kernels"]:
             spills = k["spill_stores"] + k["spill_loads"]
             numbers = (k["registers"], spills, k["stack"], k["smem"])
-            kernels.append((u["name"], k["name"], *map(str, numbers)))
+            kernels.append((u["name"], k["arch"], k["name"], *map(str, numbers)))
     head = f"nvcc {report['nvcc']}, CUTLASS {report['cutlass']}, {report['machine']}"
     return "\n\n".join([head, _table(files), _table(kernels)])
 
@@ -321,12 +330,35 @@ def measure(compiler: Compiler, sources: Sequence[Path], folder: Path, jobs: int
     return units
 
 
+def with_other_archs(units: Sequence[Unit], old: dict | None) -> list[dict]:
+    """Entries of units for the report, with what the old one says of architectures not compiled now.
+
+    Only what is of the same sources and flags stays.
+    """
+    known = old["units"] if old and old["flags"] == flags_hash() else []
+    before = {(u["name"], u["hash"]): u["kernels"] for u in known}
+    entries = []
+    for unit in units:
+        entry, compiled = asdict(unit), {build_config.target_name(arch) for arch in unit.archs}
+        others = [k for k in before.get((unit.name, unit.hash), []) if k["arch"] not in compiled]
+        entry["kernels"] = sorted(others + entry["kernels"], key=lambda kernel: kernel["arch"])
+        entries.append(entry)
+    return entries
+
+
+def as_json(report: dict) -> str:
+    """The report's text, a line for each kernel."""
+    text = json.dumps(report, indent=1)
+    flat = re.sub(r'\{\s*"name"[^{}]*\}', lambda found: re.sub(r"\n\s*", " ", found[0]), text)
+    return re.sub(r"(?<=\{) | (?=\})", "", flat) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--units", nargs="+", default=[], help="files to compile; default: all")
-    parser.add_argument("--archs", default=str(DEFAULT_ARCH), help='for example "80;90"')
+    parser.add_argument("--archs", default=",".join(map(str, ARCHS)), help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
     parser.add_argument("--out-dir", type=Path, help="folder that keeps the objects")
     parser.add_argument("--json", type=Path, default=RESULTS, help="report to write")
@@ -354,7 +386,7 @@ def main() -> None:
 
     known = {str(source) for source in everything}
     kept = {u["name"]: u for u in (old["units"] if old else []) if u["source"] in known}
-    kept |= {unit.name: asdict(unit) for unit in units}
+    kept |= {entry["name"]: entry for entry in with_other_archs(units, old)}
     report = {
         "nvcc": compiler.toolkit.version,
         "cutlass": compiler.cutlass.version,
@@ -363,9 +395,9 @@ def main() -> None:
         "units": sorted(kept.values(), key=lambda u: u["name"]),
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
+    args.json.write_text(as_json(report))
     print(f"\n{tables(report)}\n\n{len(units)} files in {wall:.0f} s, {args.jobs} at a time")
-    dirty = [k.name for unit in units for k in unit.kernels if not k.is_clean]
+    dirty = [f"{k.name} ({k.arch})" for unit in units for k in unit.kernels if not k.is_clean]
     if dirty:
         names = ", ".join(dirty)
         sys.exit(f"{len(dirty)} kernels spill, use local memory or serialise wgmma: {names}")

@@ -117,15 +117,34 @@ def decode_section(result: dict[str, Any] | None, file: str) -> str:
     return "\n\n".join(parts)
 
 
+def smem_section(result: dict[str, Any] | None, file: str) -> str:
+    """Times of the tiles for less shared memory, as multiples of the device's own."""
+    if result is None:
+        return f"Tiles for less shared memory: {NOT_MEASURED}."
+    rows = result["rows"]
+    sizes = list(dict.fromkeys(kb for row in rows for kb in row["ratios"]))
+    header = [f"times the {result['device_kb']} KB tile", "ms", *(f"{kb} KB" for kb in sizes)]
+    table = [[row["name"], f"{row['ms']:.3f}", *(_ratio(row, kb) for kb in sizes)] for row in rows]
+    missed = [row["name"] for row in rows if not row["met"]]
+    verdict = f"missed by {'; '.join(missed)}" if missed else "all"
+    source = f"{result['dtype']}, {source_line(result, file)}"
+    return f"{markdown_table(header, table)}\n\n{source}\n\n- at most {result['target']}: {verdict}"
+
+
+def _ratio(row: dict[str, Any], kb: str) -> str:
+    return f"{row['ratios'][kb]:.2f}" if kb in row["ratios"] else "-"
+
+
 SECTIONS = {
     "speed": (speed_section, "results/fwd_bwd.json"),
     "training": (training_section, "results/train_speed.json"),
     "decode": (decode_section, "results/decode.json"),
+    "smem": (smem_section, "results/smem.json"),
 }
 # The sections of each README, and what a link from it to benchmarks/ begins with.
 READMES = {
     "README.md": (("speed", "training"), "benchmarks/"),
-    "benchmarks/README.md": (("decode",), ""),
+    "benchmarks/README.md": (("decode", "smem"), ""),
 }
 
 

@@ -18,15 +18,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from csrc.kernels.kernel_list import DTYPES, HEAD_DIMS
+from csrc.kernels import kernel_list
+from csrc.kernels.kernel_list import DTYPES, HEAD_DIMS, SMEM_KB
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = Path("build") / "generated"
 DEFAULT_ARCHS = (80, 90)
 MINIMUM_ARCH = 80
-BYTES_PER_JOB = (
-    5 * 10**9
-)  # peak of one kernel unit's compilation (benchmarks/bench_build.py), with room
+# Peak of one kernel unit's compilation (benchmarks/bench_build.py), with room; more for each further
+# size of shared memory that it has tiles for.
+BYTES_PER_JOB = 5 * 10**9
+BYTES_PER_SIZE = 2 * 10**9
+# peak of one kernel unit's compilation (benchmarks/bench_build.py), with room
 
 # Headers that torch's CUDA headers include and that a small toolkit may lack.
 LIBRARY_HEADERS = ("cublas_v2.h", "cublasLt.h", "cusparse.h", "cusolverDn.h", "curand.h", "cufft.h")
@@ -88,6 +91,18 @@ def parse_dtypes(text: str) -> tuple[str, ...]:
                 f"FLASH_ATTN_DTYPES={text!r}: {word!r} is not one of {', '.join(DTYPES)}"
             )
     return tuple(d for d in DTYPES if d in chosen) if chosen else DTYPES
+
+
+def parse_smem_kb(text: str) -> tuple[int, ...]:
+    """Sizes of shared memory in "227,99" form, falling; an empty text gives ()."""
+    chosen = _words(text)
+    for word in chosen:
+        if word not in map(str, SMEM_KB):
+            raise BuildError(
+                f"FLASH_ATTN_SMEM_KB={text!r}: {word!r} is not one of "
+                f"{', '.join(map(str, SMEM_KB))}"
+            )
+    return tuple(size for size in SMEM_KB if str(size) in chosen)
 
 
 def parse_switch(name: str, text: str, default: bool = False) -> bool:
@@ -169,11 +184,15 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return min(free) if free else None
 
 
-def compute_jobs(max_jobs: int | None, cpus: int, memory: int | None) -> int:
-    """Compilers to run at once: MAX_JOBS, otherwise what cores and free memory allow, at least 1."""
+def compute_jobs(max_jobs: int | None, cpus: int, memory: int | None, sizes: int = 1) -> int:
+    """Compilers to run at once: MAX_JOBS, otherwise what cores and free memory allow, at least 1.
+
+    sizes: of shared memory, which each unit has tiles for.
+    """
     if max_jobs is not None:
         return max_jobs
-    return max(1, cpus if memory is None else min(cpus, memory // BYTES_PER_JOB))
+    bytes_per_job = BYTES_PER_JOB + (sizes - 1) * BYTES_PER_SIZE
+    return max(1, cpus if memory is None else min(cpus, memory // bytes_per_job))
 
 
 # --- Toolkit and torch ----------------------------------------------------------------------------
@@ -278,6 +297,7 @@ class Plan:
     archs: tuple[int, ...] = ()
     head_dims: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
+    smem_kb: tuple[int, ...] = ()  # sizes of shared memory with tiles
     test_units: bool = False
 
     @property
@@ -315,6 +335,7 @@ def make_plan(env: Mapping[str, str], toolkit: Toolkit | None, torch: Torch | st
     requested = parse_archs(env.get("FLASH_ATTN_CUDA_ARCHS", ""))
     head_dims = parse_head_dims(env.get("FLASH_ATTN_HEAD_DIMS", ""))
     dtypes = parse_dtypes(env.get("FLASH_ATTN_DTYPES", ""))
+    requested_kb = parse_smem_kb(env.get("FLASH_ATTN_SMEM_KB", ""))
     test_units = parse_switch("FLASH_ATTN_TEST_UNITS", env.get("FLASH_ATTN_TEST_UNITS", ""))
     name = "FLASH_ATTN_BUILD_WITHOUT_GPU"
     without_gpu = parse_switch(name, env.get(name, ""), default=True)
@@ -345,12 +366,14 @@ def make_plan(env: Mapping[str, str], toolkit: Toolkit | None, torch: Torch | st
         raise BuildError(
             f"nvcc {toolkit.version} cannot compile for sm_{unsupported[0]} ({source})"
         )
+    smem_kb = requested_kb or kernel_list.smem_kb(archs)
     message = (
         f"CUDA {toolkit.version} at {toolkit.root}, torch {torch.version}: building "
         f"flash_attn_2_cuda for {', '.join(f'sm_{a}' for a in archs)} ({source}), "
-        f"head_dim {', '.join(map(str, head_dims))}, {', '.join(dtypes)}"
+        f"head_dim {', '.join(map(str, head_dims))}, {', '.join(dtypes)}, "
+        f"tiles for {', '.join(map(str, smem_kb))} KB of shared memory"
     )
-    return Plan(message, toolkit, torch, archs, head_dims, dtypes, test_units)
+    return Plan(message, toolkit, torch, archs, head_dims, dtypes, smem_kb, test_units)
 
 
 def plan_from_environment() -> Plan:
@@ -379,13 +402,18 @@ def include_flags(cutlass: Path, toolkit: Toolkit) -> list[str]:
     return ours + [word for folder in others for word in ("-isystem", str(folder))]
 
 
+def target_name(arch: int) -> str:
+    """The compiler's name of an architecture: sm_90 with its own instructions."""
+    return "sm_90a" if arch == 90 else f"sm_{arch}"
+
+
 def gencode(arch: int) -> list[str]:
-    """nvcc's target of one architecture: SASS only; sm_90 with its own instructions.
+    """nvcc's target of one architecture: SASS only.
 
     Two words, so that csrc/nvcc_of_unit.py finds them in a command.
     """
-    name = "90a" if arch == 90 else str(arch)
-    return ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+    name = target_name(arch)
+    return ["-gencode", f"arch={name.replace('sm', 'compute')},code={name}"]
 
 
 def nvcc_flags(archs: Iterable[int]) -> list[str]:

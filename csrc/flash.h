@@ -142,6 +142,7 @@ struct MergeParams {
 
 // How a kernel will serve a call.  A caller reads workspace_bytes; the rest is for the kernel that made the plan.
 struct Plan {
+  int smem_kb;  // of shared memory that thread blocks may have: decided by who asks for the plan, kept for its launch
   int64_t workspace_bytes;  // device memory that the launch needs, aligned to 16 bytes, not cleared
   int64_t counters;         // zeroed ints that the launch needs; host/ has them
   void const* entry;  // of the registry; null: no kernel serves the call, and the launch says why
@@ -174,6 +175,10 @@ Status pin_isa(char const* isa);
 // The isa that calls are limited to, "" for all, and FLASH_ATTN_ISA's text if it names none.
 char const* pinned_isa();
 
+// Tests only: thread blocks get no more than so many KB of shared memory, 99, 163 or 227; 0: what the device allows.  A smaller limit
+// than the device's also keeps calls to sm80.  At the start it is the environment's FLASH_ATTN_TEST_SMEM_KB.
+Status limit_smem_kb(int kb);
+
 // What one unit of the build serves.
 struct KernelInfo {
   char const *isa, *pass;  // "sm80"; "fwd"
@@ -181,9 +186,9 @@ struct KernelInfo {
   char const* dtype;  // "bf16"
 };
 
-// What this build holds.  archs as text: "80,90".
+// What this build holds.  As text: archs, "80,90"; the sizes of shared memory that there are tiles for, "227,163".
 struct BuildInfo {
-  char const* archs;
+  char const *archs, *smem_kb;
   KernelInfo const* kernels;
   int kernel_count;
 };

@@ -52,6 +52,21 @@ def _kernels(info: dict) -> list[str]:
     return _aligned(rows)
 
 
+def tiles_for(built: Sequence[int], allowed: int) -> int:
+    """The size of shared memory whose tiles a GPU gets that allows so many KB; 0: none is built."""
+    return max((size for size in built if size <= allowed), default=0)
+
+
+def _smem_lines(info: dict, allowed: Sequence[int]) -> list[str]:
+    """What tiles each GPU gets.  allowed: KB of shared memory that each allows a thread block."""
+    lines = []
+    for index, kb in enumerate(allowed):
+        size = tiles_for(info["smem_kb"], kb)
+        tiles = f"tiles for {size} KB" if size else "some tiles do not fit, see below"
+        lines.append(f"GPU {index}       {kb} KB of shared memory per thread block: {tiles}")
+    return lines
+
+
 def _passes(info: dict) -> set[str]:
     """Passes that this build has kernels for."""
     return {name for _, name, _, _ in info["kernels"]}
@@ -71,12 +86,17 @@ def _runs_on(archs: list[int], capability: tuple[int, int]) -> bool:
 
 
 def missing_pieces(
-    info: dict | None, cuda: str | None, gpus: list[tuple[str, tuple[int, int]]], nvcc: bool
+    info: dict | None,
+    cuda: str | None,
+    gpus: list[tuple[str, tuple[int, int]]],
+    nvcc: bool,
+    allowed: Sequence[int] = (),
 ) -> list[str]:
     """What keeps CUDA tensors from being served, and how to get it.
 
     info: build_info() of the extension, None when it is not importable; cuda: CUDA version of torch or None;
-    gpus: (name, compute capability) of each GPU; nvcc: whether a CUDA compiler is on PATH.
+    gpus: (name, compute capability) of each GPU; nvcc: whether a CUDA compiler is on PATH;
+    allowed: KB of shared memory that each GPU allows a thread block, where the extension can ask.
     """
     missing = []
     if cuda is None:
@@ -99,6 +119,13 @@ def missing_pieces(
             missing.append(
                 f"kernels for {name} (sm_{target}): FLASH_ATTN_CUDA_ARCHS={target}, then {REBUILD}"
             )
+    for (name, capability), kb in zip(gpus, allowed, strict=False):
+        if info is not None and not tiles_for(info["smem_kb"], kb):
+            built, target = ", ".join(map(str, info["smem_kb"])), 10 * capability[0] + capability[1]
+            missing.append(
+                f"tiles for the {kb} KB of shared memory of {name} (built: {built} KB): "
+                f"FLASH_ATTN_CUDA_ARCHS={target}, then {REBUILD}"
+            )
     return missing
 
 
@@ -116,13 +143,17 @@ def report() -> str:
         lines.append("GPU         none visible")
 
     info = _ops.extension.build_info() if _ops.extension is not None else None
+    allowed: list[int] = []
     if info is None:
         lines.append("extension   flash_attn_2_cuda is not built or does not import")
     else:
+        allowed = [_ops.extension.smem_kb(index) for index in range(len(gpus))]
+        lines += _smem_lines(info, allowed)
         archs = ", ".join(f"sm_{arch}" for arch in info["archs"])
         lines.append(
-            f"extension   flash_attn_2_cuda for {archs}; CUDA {info['cuda_version']}, "
-            f"CUTLASS {info['cutlass_version']}"
+            f"extension   flash_attn_2_cuda for {archs}, tiles for "
+            f"{', '.join(map(str, info['smem_kb']))} KB of shared memory; CUDA "
+            f"{info['cuda_version']}, CUTLASS {info['cutlass_version']}"
         )
 
     lines += [
@@ -140,7 +171,7 @@ def report() -> str:
             lines.append(f"  FLASH_ATTN_ISA={info['isa']}: kernels of other isas are not used")
         if "decode" in _passes(info):
             lines.append(f"  {BESIDE_DECODING}: csrc/kernels/common, every head_dim")
-    missing = missing_pieces(info, torch.version.cuda, gpus, _has_nvcc())
+    missing = missing_pieces(info, torch.version.cuda, gpus, _has_nvcc(), allowed)
     if missing:
         lines += ["", "Missing", *(f"  {piece}" for piece in missing)]
     return "\n".join(lines)

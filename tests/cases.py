@@ -24,6 +24,8 @@ DTYPES = {
     "fp64": torch.float64,
 }
 SEED = int(os.environ.get("FLASH_ATTN_TEST_SEED", "0"))
+# KB of shared memory that a thread block gets in this run; 0: what the GPU allows.
+SMEM_LIMIT_KB = int(os.environ.get("FLASH_ATTN_TEST_SMEM_KB") or 0)
 
 
 class Mask(enum.Enum):
@@ -213,7 +215,27 @@ def built_isas(pass_name: str) -> list[str]:
     from csrc.kernels import kernel_list
 
     found = dict.fromkeys(isa for isa, name, _, _ in build["kernels"] if name == pass_name)
-    return [isa for isa in found if pass_name in kernel_list.PASSES[isa]]  # not a test unit's alone
+    found = [
+        isa for isa in found if pass_name in kernel_list.PASSES[isa]
+    ]  # not a test unit's alone
+    # With less shared memory than the GPU's, sm80's serve alone.
+    is_lowered = 0 < SMEM_LIMIT_KB < device_smem_kb()
+    return [isa for isa in found if isa == "sm80" or not is_lowered]
+
+
+def device_smem_kb() -> int:
+    """KB of shared memory that the GPU allows a thread block; 0 where CUDA cannot be tested."""
+    if cuda_build() is None:
+        return 0
+    import flash_attn_2_cuda
+
+    return flash_attn_2_cuda.smem_kb(0)
+
+
+def built_smem_kb() -> list[int]:
+    """Sizes of shared memory below the GPU's with tiles in this build; none without CUDA."""
+    build = cuda_build()
+    return [] if build is None else [kb for kb in build["smem_kb"] if kb < device_smem_kb()]
 
 
 def devices() -> list[str]:

@@ -21,7 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"attention: devices {cases.devices()}, FLASH_ATTN_TEST_SEED={cases.SEED}"
+    limit = f", FLASH_ATTN_TEST_SMEM_KB={cases.SMEM_LIMIT_KB}" if cases.SMEM_LIMIT_KB else ""
+    return f"attention: devices {cases.devices()}, FLASH_ATTN_TEST_SEED={cases.SEED}{limit}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -59,6 +60,14 @@ def pin_isa() -> Iterator[Callable[[str], None]]:
     before = extension.build_info()["isa"]
     yield extension.pin_isa
     extension.pin_isa(before)
+
+
+@pytest.fixture
+def limit_smem() -> Iterator[Callable[[int], None]]:
+    """Lowers the shared memory of thread blocks until the test ends: limit_smem(99)."""
+    extension = pytest.importorskip("flash_attn_2_cuda")
+    yield extension.limit_smem_kb
+    extension.limit_smem_kb(cases.SMEM_LIMIT_KB)
 
 
 @pytest.fixture(autouse=True)

@@ -426,7 +426,7 @@ def test_benchmarks_readme_shows_the_committed_results():
 
 
 def test_without_results_the_readme_has_no_figures(tmp_path):
-    marks = "<!-- begin decode -->old<!-- end decode -->"
+    marks = "".join(f"<!-- begin {n} -->old<!-- end {n} -->" for n in ("decode", "smem"))
     text = update_readme.updated(marks, tmp_path, "benchmarks/README.md")
     assert "Decoding: not measured yet." in text and "old" not in text
 
@@ -434,7 +434,7 @@ def test_without_results_the_readme_has_no_figures(tmp_path):
 def test_readme_table_has_the_files_numbers(result, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "decode.json").write_text(json.dumps(result))
-    marks = "<!-- begin decode -->\n<!-- end decode -->"
+    marks = "".join(f"<!-- begin {n} -->\n<!-- end {n} -->" for n in ("decode", "smem"))
     text = update_readme.updated(marks, tmp_path, "benchmarks/README.md")
     row = "| 16x8k-8/8 | 536.9 | 129 | 99.1 % | 96 % | yes | 1.07 | 130 | 86 % 149 us |"
     assert row in text

@@ -81,6 +81,13 @@ def test_dtypes_are_read() -> None:
         build_config.parse_dtypes("bf16,fp8")
 
 
+def test_sizes_of_shared_memory_are_read() -> None:
+    assert build_config.parse_smem_kb("") == ()
+    assert build_config.parse_smem_kb("99,227;99") == (227, 99)
+    with pytest.raises(BuildError, match="FLASH_ATTN_SMEM_KB.*'100'.*227, 163, 99"):
+        build_config.parse_smem_kb("227,100")
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
 def test_bad_max_jobs_is_refused(text: str) -> None:
     with pytest.raises(BuildError, match="MAX_JOBS"):
@@ -221,10 +228,15 @@ def test_jobs(max_jobs: int | None, cpus: int, memory: int | None, jobs: int) ->
     assert build_config.compute_jobs(max_jobs, cpus, memory) == jobs
 
 
+def test_units_with_tiles_of_several_sizes_take_more_memory() -> None:
+    found = [build_config.compute_jobs(None, 16, 63 * 10**9, sizes) for sizes in (1, 2, 3)]
+    assert found == [12, 9, 7]
+
+
 # --- Toolkit and plan ------------------------------------------------------------------------------
 
 
-def fake_toolkit(root: Path, version: str = "13.0") -> Toolkit:
+def fake_toolkit(root: Path, version: str = "13.0", archs: str = "75 80 90") -> Toolkit:
     """A toolkit whose nvcc answers --version, --dryrun and --list-gpu-arch."""
     (root / "bin").mkdir(parents=True)
     (root / "include").mkdir()
@@ -235,7 +247,7 @@ def fake_toolkit(root: Path, version: str = "13.0") -> Toolkit:
         'case "$*" in\n'
         f'*--version*) echo "Cuda compilation tools, release {version}, V{version}.88";;\n'
         f'*--dryrun*) echo "#\\$ TOP={root}/bin/.." >&2;;\n'
-        "*--list-gpu-arch*) echo compute_75; echo compute_80; echo compute_90;;\n"
+        f"*--list-gpu-arch*) for arch in {archs}; do echo compute_$arch; done;;\n"
         "esac\n"
     )
     nvcc.chmod(0o755)
@@ -310,6 +322,33 @@ def test_plan_builds_for_the_gpu_that_is_there(
     assert plan.archs == archs
     assert plan.head_dims == kernel_list.HEAD_DIMS and plan.dtypes == kernel_list.DTYPES
     assert all(f"sm_{arch}" in plan.message for arch in archs) and "13.1" in plan.message
+
+
+@pytest.mark.parametrize(
+    "archs, sizes",
+    [
+        ("80", (163,)),
+        ("87", (163,)),
+        ("86", (99,)),
+        ("89;120;121", (99,)),
+        ("90", (227,)),
+        ("100;103", (227,)),
+        ("80;90", (227, 163)),
+        ("80;86;89;90;120", (227, 163, 99)),
+        ("88", (99,)),  # not in the table: the size that fits every GPU
+    ],
+)
+def test_plan_has_the_tiles_that_its_targets_need(
+    tmp_path: Path, archs: str, sizes: tuple[int, ...]
+) -> None:
+    torch = Torch("2.11.0+cu130", "13.0", ())
+    env = {"FLASH_ATTN_CUDA_ARCHS": archs}
+    toolkit = fake_toolkit(tmp_path / "c", "13.0", "80 86 87 88 89 90 100 103 120 121")
+    plan = build_config.make_plan(env, toolkit, torch)
+    assert plan.smem_kb == sizes == kernel_list.smem_kb(plan.archs)
+    assert f"tiles for {', '.join(map(str, sizes))} KB" in plan.message
+    wanted = build_config.make_plan(env | {"FLASH_ATTN_SMEM_KB": "99,163"}, toolkit, torch)
+    assert wanted.smem_kb == (163, 99)
 
 
 NO_BUILD_WITHOUT_GPU = {"FLASH_ATTN_BUILD_WITHOUT_GPU": "0"}
@@ -456,6 +495,24 @@ def test_every_unit_is_generated_and_registered(tmp_path: Path) -> None:
         assert f"{unit.pass_name.capitalize()}<{unit.head_dim}, cutlass::" in text
         assert f"{entry}{{" in text and f"{{ extern {entry}; }}" in registry
         assert registry.count(f"    &{unit.isa}::{unit.symbol},\n") == 1
+
+
+@pytest.mark.parametrize("smem_kb, sizes", [(None, (227, 163)), ((163, 99), (163, 99))])
+def test_units_and_registry_have_the_sizes_of_the_build(
+    tmp_path: Path, smem_kb: tuple[int, ...] | None, sizes: tuple[int, ...]
+) -> None:
+    *units, registry = generate(tmp_path, (80, 90), smem_kb=smem_kb)
+    line = f"using Sizes = BuiltSizes<{', '.join(f'SmemSize::k{size}' for size in sizes)}>;"
+    assert all(line in path.read_text() for path in units)
+    assert f'kBuiltSmemKb = "{sizes[0]},{sizes[1]}";' in registry.read_text()
+
+
+def test_sizes_of_shared_memory_are_the_same_in_python_and_cpp() -> None:
+    text = (ROOT / "csrc/kernels/pieces/smem_size.h").read_text()
+    assert tuple(map(int, re.findall(r"k(\d+) = (?=\1)", text))) == kernel_list.SMEM_KB
+    (falling,) = re.findall(r"kSmemSizes\[\] = \{(.*?)\};", text)
+    assert tuple(map(int, re.findall(r"k(\d+)", falling))) == kernel_list.SMEM_KB
+    assert set(kernel_list.SMEM_KB_OF_ARCH.values()) == set(kernel_list.SMEM_KB)
 
 
 def test_tables_of_the_registry_have_the_newest_isa_first(tmp_path: Path) -> None:
@@ -936,6 +993,7 @@ def test_report_names_versions() -> None:
 
 INFO = {
     "archs": [80],
+    "smem_kb": [163],
     "head_dims": [128, 64],
     "dtypes": ["bf16"],
     "kernels": [("sm80", name, d, "bf16") for name in PASSES for d in (128, 64)],
@@ -979,6 +1037,32 @@ def test_report_knows_every_isa_and_pass() -> None:
     built = {name for passes in kernel_list.PASSES.values() for name in passes}
     assert built == set(PASSES) == set(flash_main.SERVES)
     assert list(flash_main.ISAS) == list(kernel_list.PASSES)
+
+
+@pytest.mark.parametrize(
+    "built, allowed, words",
+    [
+        ([227, 99], 227, "tiles for 227 KB"),
+        ([227, 99], 163, "tiles for 99 KB"),
+        ([163], 99, "some tiles do not fit"),
+    ],
+)
+def test_report_says_which_tiles_a_gpu_gets(
+    monkeypatch: pytest.MonkeyPatch, built: list[int], allowed: int, words: str
+) -> None:
+    info = INFO | {"smem_kb": built}
+    extension = SimpleNamespace(build_info=lambda: info, smem_kb=lambda index: allowed)
+    monkeypatch.setattr(flash_main._ops, "extension", extension)
+    monkeypatch.setattr(flash_main, "_gpus", lambda: [("L4", (8, 9))])
+    report = flash_main.report()
+    assert f"{allowed} KB of shared memory per thread block: {words}" in report
+    assert ("tiles for the 99 KB" in report) == ("not fit" in words)
+    assert f"tiles for {', '.join(map(str, built))} KB of shared memory; CUDA" in report
+
+
+def test_missing_tiles_are_named_with_what_is_built() -> None:
+    (piece,) = flash_main.missing_pieces(INFO, "13.0", [("L4", (8, 9))], True, [99])
+    assert "99 KB of shared memory of L4 (built: 163 KB): FLASH_ATTN_CUDA_ARCHS=89" in piece
 
 
 H200 = ("H200", (9, 0))

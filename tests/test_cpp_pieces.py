@@ -97,12 +97,15 @@ def test_integer_piece(name: str, tmp_path: Path) -> None:
 def test_dispatch_to_made_up_kernels(tmp_path: Path) -> None:
     program = build("check_dispatch", tmp_path, optimise="-O1")
     for isa in ("", "sm80", "sm90", "hopper"):
-        assert " 0 wrong" in run(program, isa, FLASH_ATTN_ISA=isa)
+        assert " 0 wrong" in run(program, isa, FLASH_ATTN_ISA=isa, FLASH_ATTN_TEST_SMEM_KB="")
+    for kb in ("99", "163", "227", "100", "0", "-99", "99 KB", "small"):
+        env = {"FLASH_ATTN_ISA": "", "FLASH_ATTN_TEST_SMEM_KB": kb}
+        assert " 0 wrong" in run(program, "", kb, **env)
 
 
 @needs_source
 @needs_compiler
-@pytest.mark.parametrize("name", ["check_mask", "check_fragment"])
+@pytest.mark.parametrize("name", ["check_mask", "check_fragment", "check_tiles"])
 def test_layout_piece(name: str, tmp_path: Path) -> None:
     assert " 0 wrong" in run(build(name, tmp_path, optimise="-O1", cute=True))
 

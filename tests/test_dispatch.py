@@ -103,3 +103,5 @@ def test_build_info_lists_the_units_of_the_build(pin_isa) -> None:
     for name in {kernel[1] for kernel in info["kernels"]}:
         order = [isas.index(isa) for isa, other, _, _ in info["kernels"] if other == name]
         assert order == sorted(order), "the newest isa is asked first"
+    sizes = tuple(info["smem_kb"])
+    assert set(sizes) <= set(kernel_list.SMEM_KB) and sorted(sizes, reverse=True) == list(sizes)

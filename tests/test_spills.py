@@ -98,6 +98,33 @@ def test_parser_of_text_without_kernels() -> None:
     assert bench_build.parse_ptxas("ptxas info    : 0 bytes gmem\n") == []
 
 
+def _unit(archs: list[int], code: str, registers: int) -> bench_build.Unit:
+    kernels = [bench_build.Kernel("k", build_config.target_name(arch), registers) for arch in archs]
+    return bench_build.Unit("u", "u.cu", 1.0, 1.0, 1.0, archs, 1, [], code, kernels)
+
+
+@pytest.mark.parametrize(
+    "code, flags, kept",
+    [("same", "same", True), ("other", "same", False), ("same", "other", False)],
+)
+def test_report_keeps_other_architectures_of_the_same_code(
+    code: str, flags: str, kept: bool
+) -> None:
+    old = {"flags": bench_build.flags_hash() if flags == "same" else flags}
+    old["units"] = bench_build.with_other_archs([_unit([80, 90], "same", 1)], None)
+    (entry,) = bench_build.with_other_archs([_unit([90, 120], code, 2)], old)
+    found = {kernel["arch"]: kernel["registers"] for kernel in entry["kernels"]}
+    assert found == ({"sm_80": 1} if kept else {}) | {"sm_90a": 2, "sm_120": 2}
+
+
+def test_report_has_a_line_for_each_kernel() -> None:
+    report = {"flags": "f", "units": bench_build.with_other_archs([_unit([80, 90], "", 7)], None)}
+    text = bench_build.as_json(report)
+    assert json.loads(text) == report
+    lines = [line for line in text.splitlines() if '"registers": 7' in line]
+    assert len(lines) == 2 and all('"arch"' in line and '"smem"' in line for line in lines)
+
+
 @pytest.mark.parametrize("change, same", [("int a;  // why", True), ("int b;", False)])
 def test_code_hash_sees_code_only(tmp_path: Path, change: str, same: bool) -> None:
     (tmp_path / "a.cuh").write_text("int a;")
@@ -188,17 +215,31 @@ def report() -> dict[str, dict]:
 
 def _kernel_units() -> list[str]:
     common = sorted((ROOT / "csrc/kernels/common").glob("*.cu"))
-    units = kernel_list.units((bench_build.DEFAULT_ARCH,))
-    return [u.name for u in units] + [path.stem for path in common]
+    return [u.name for u in kernel_list.units(bench_build.ARCHS)] + [path.stem for path in common]
 
 
-@pytest.mark.parametrize("name", _kernel_units())
-def test_report_shows_no_spills(report: dict[str, dict], name: str) -> None:
-    assert name in report, f"run benchmarks/bench_build.py --units {name}"
-    unit = report[name]
-    kernels = [bench_build.Kernel(**kernel) for kernel in unit["kernels"]]
-    assert any(kernel.arch == "sm_90a" for kernel in kernels)
+def _archs_of_units() -> list[tuple[str, int]]:
+    """Every unit with every architecture of the report that it is compiled for."""
+    of_isas = {u.name: u.archs(bench_build.ARCHS) for u in kernel_list.units(bench_build.ARCHS)}
+    return [
+        (name, arch) for name in _kernel_units() for arch in of_isas.get(name, bench_build.ARCHS)
+    ]
+
+
+@pytest.mark.parametrize("name, arch", _archs_of_units())
+def test_report_shows_no_spills(report: dict[str, dict], name: str, arch: int) -> None:
+    again = f"run benchmarks/bench_build.py --archs {arch} --units {name}"
+    assert name in report, again
+    kernels = [bench_build.Kernel(**kernel) for kernel in report[name]["kernels"]]
+    kernels = [kernel for kernel in kernels if kernel.arch == build_config.target_name(arch)]
+    assert kernels, again
     assert all(kernel.is_clean for kernel in kernels), [k for k in kernels if not k.is_clean]
+
+
+def test_report_is_of_every_kind_of_shared_memory() -> None:
+    """A GPU of each size runs the code of one of its architectures."""
+    sizes = {kernel_list.SMEM_KB_OF_ARCH[arch] for arch in bench_build.ARCHS}
+    assert sizes == set(kernel_list.SMEM_KB)
 
 
 @pytest.mark.parametrize("name", _kernel_units())

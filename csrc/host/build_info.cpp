@@ -27,7 +27,7 @@ std::vector<KernelInfo> list_all() {
 
 BuildInfo build_info() {
   static std::vector<KernelInfo> const kernels = list_all();
-  return {kBuiltArchs, kernels.data(), int(kernels.size())};
+  return {kBuiltArchs, kBuiltSmemKb, kernels.data(), int(kernels.size())};
 }
 
 }  // namespace flash

@@ -1,4 +1,6 @@
 // From a call to its kernel: the first entry of the registry that serves it plans and launches, or a message says what is built.
+#include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "flash.h"
@@ -8,6 +10,7 @@
 #include "host/names.h"
 #include "host/pinned.h"
 #include "host/registry.h"
+#include "host/smem_limit.h"
 #include "kernels/head_dims.h"
 #include "pieces/device_info.h"
 
@@ -27,10 +30,14 @@ std::string list_of(EntryType const* const* entries, Name name) {
   return list;
 }
 
+// A GPU with less shared memory than sm_90's has none of the newer isas.
+int capability_of_call() { return is_smem_lowered() ? int(Isa::kSm80) : compute_capability(); }
+
 template <class Params>
 Entry<Params> const* choose(Entry<Params> const* const* entries, Params const& params) {
+  if (wrong_smem_text()) { return nullptr; }
   return choose(entries, params, built_head_dim(params.problem.head_dim),
-                {pinned_number(), &compute_capability});
+                {pinned_number(), &capability_of_call});
 }
 
 // Why no entry serves.
@@ -41,6 +48,11 @@ Status nothing_serves(Entry<Params> const* const* entries, Params const& params)
   if (pinned_number() == kNoIsa) {
     return failure(cudaErrorInvalidValue, "FLASH_ATTN_ISA=%.64s is no isa: sm90 or sm80",
                    pinned_isa());
+  }
+  if (char const* const text = wrong_smem_text()) {
+    return failure(cudaErrorInvalidValue,
+                   "FLASH_ATTN_TEST_SMEM_KB=%.64s is no size of shared memory: 99, 163 or 227",
+                   text);
   }
   bool is_built = false;
   for (auto entry = entries; *entry; ++entry) {
@@ -69,9 +81,15 @@ Status nothing_serves(Entry<Params> const* const* entries, Params const& params)
 template <class Params>
 Plan make_plan(Entry<Params> const* entry, Params const& params) {
   Plan plan{};
-  plan.entry = entry;
+  plan.entry = entry, plan.smem_kb = smem_limit_kb();
   if (entry) { entry->plan(params, plan); }
   return plan;
+}
+
+// The last of the sizes, which fall.
+int smallest_built_kb() {
+  char const* const comma = std::strrchr(kBuiltSmemKb, ',');
+  return std::atoi(comma ? comma + 1 : kBuiltSmemKb);
 }
 
 template <class Params>
@@ -90,10 +108,11 @@ Status launch(Entry<Params> const* const* entries, Params const& params, Plan co
   if (code == cudaSuccess) { return {cudaSuccess, nullptr}; }
   return failure(code,
                  "launch of the %s kernel for head_dim %d, %s failed: %s (built for architectures "
-                 "%s; this GPU allows %d KB of "
-                 "shared memory per thread block)",
+                 "%s, with tiles for %s KB of shared memory per thread block; %s allows %d KB%s)",
                  name_of(entry->isa), entry->head_dim, name_of(entry->dtype),
-                 cudaGetErrorString(code), kBuiltArchs, smem_limit_bytes() / 1024);
+                 cudaGetErrorString(code), kBuiltArchs, kBuiltSmemKb,
+                 is_smem_lowered() ? "FLASH_ATTN_TEST_SMEM_KB" : "this GPU", plan.smem_kb,
+                 plan.smem_kb < smallest_built_kb() ? ": rebuild with FLASH_ATTN_SMEM_KB" : "");
 }
 
 }  // namespace

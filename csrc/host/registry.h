@@ -8,6 +8,7 @@ namespace flash {
 extern FwdEntry const* const kFwdEntries[];
 extern BwdEntry const* const kBwdEntries[];
 extern DecodeEntry const* const kDecodeEntries[];
-extern char const* const kBuiltArchs;  // "80,90"
+extern char const* const kBuiltArchs;   // "80,90"
+extern char const* const kBuiltSmemKb;  // "227,163": what there are tiles for
 
 }  // namespace flash

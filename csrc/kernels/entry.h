@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "flash.h"
+#include "pieces/smem_size.h"
 
 namespace flash {
 

@@ -96,10 +96,18 @@ def units(
     return sorted(found, key=lambda u: (_SLOWEST_PASS_FIRST.index(u.pass_name), -u.head_dim))
 
 
-# Thread blocks of these get 227 KB of shared memory; sm_80 has 163 KB.
-LARGE_SMEM_ARCHS = (90, 100, 103)
+# Sizes of shared memory that there are tiles for, in KB per thread block, falling; the same as in
+# csrc/kernels/pieces/smem_size.h.
+SMEM_KB: tuple[int, ...] = (227, 163, 99)
+# What a thread block gets on GPUs of each compute capability, by NVIDIA's tables.
+SMEM_KB_OF_ARCH: dict[int, int] = {
+    **dict.fromkeys((90, 100, 103, 110), 227),
+    **dict.fromkeys((80, 87), 163),
+    **dict.fromkeys((86, 89, 120, 121), 99),
+}
 
 
-def needs_small_tiles(archs: Iterable[int]) -> bool:
-    """Whether a build for archs needs tiles for less than 227 KB of shared memory."""
-    return any(arch not in LARGE_SMEM_ARCHS for arch in archs)
+def smem_kb(archs: Iterable[int]) -> tuple[int, ...]:
+    """Sizes that a build for archs needs, falling; the smallest for an architecture not known here."""
+    needed = {SMEM_KB_OF_ARCH.get(arch, min(SMEM_KB)) for arch in archs}
+    return tuple(size for size in SMEM_KB if size in needed)

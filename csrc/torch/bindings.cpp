@@ -48,11 +48,20 @@ pybind11::list values_of(flash::BuildInfo const& info, Get get) {
   return values;
 }
 
+int smem_kb_of(int device) {
+  int bytes = 0;
+  cudaError_t const code =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  TORCH_CHECK(code == cudaSuccess, "device: ", device, ": ", cudaGetErrorString(code));
+  return bytes / 1024;
+}
+
 pybind11::dict build_info() {
   flash::BuildInfo const info = flash::build_info();
   pybind11::dict result;
   using Kernel        = flash::KernelInfo;
   result["archs"]     = integers(info.archs);
+  result["smem_kb"]   = integers(info.smem_kb);
   result["head_dims"] = values_of(info, [](Kernel const& kernel) { return kernel.head_dim; });
   result["dtypes"]    = values_of(info, [](Kernel const& kernel) { return kernel.dtype; });
   result["kernels"]   = values_of(info, [](Kernel const& kernel) {
@@ -197,12 +206,18 @@ Tensors fwd_kvcache(at::Tensor q, at::Tensor k_cache, at::Tensor v_cache, Option
 PYBIND11_MODULE(flash_attn_2_cuda, m) {
   m.doc() = "CUDA kernels of flash_attn; importing registers the operators torch.ops.flash_attn.*";
   m.def("build_info", &build_info,
-        "What this build holds: archs, head_dims, dtypes, kernels (isa, pass, head_dim, dtype), "
+        "What this build holds: archs, smem_kb (sizes of shared memory with tiles), head_dims, "
+        "dtypes, kernels (isa, pass, head_dim, dtype), "
         "cuda_version, cutlass_version; isa: the one that calls are limited to, or ''.");
   m.def(
       "pin_isa", [](std::string const& isa) { flash::check_status(flash::pin_isa(isa.c_str())); },
       "Limits calls to the kernels of one isa ('sm80'), as the environment's FLASH_ATTN_ISA does; "
       "'' allows all.");
+  m.def(
+      "limit_smem_kb", [](int kb) { flash::check_status(flash::limit_smem_kb(kb)); },
+      "For tests: thread blocks get no more than 99, 163 or 227 KB of shared memory, as the "
+      "environment's FLASH_ATTN_TEST_SMEM_KB says at the start; 0: what the device allows.");
+  m.def("smem_kb", &smem_kb_of, "KB of shared memory that a device allows a thread block.");
   // Called by flash_attn/flash_attn_interface.py; pybind11 takes longer to convert arguments than attention to one tile takes.
   auto const fast = [](auto function) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));

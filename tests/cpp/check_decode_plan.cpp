@@ -76,7 +76,7 @@ void check_plan(DecodeParams const& params, int head_dim, DecodeDevice const& de
 void check_look_ahead() {
   int numbers[1];
   auto const looks = [](DecodeParams const& params) {
-    return plan_decode(params, kHeadDims[0], {132, false, true}).looks_ahead;
+    return plan_decode(params, kHeadDims[0], {132, SmemSize::k227, true}).looks_ahead;
   };
   DecodeParams const plain = call(1, 1, 4, 2, 4096, 0);
   expect(looks(plain), "a single sequence does not look ahead");
@@ -91,7 +91,7 @@ void check_look_ahead() {
 int main() {
   for (int head_dim : kHeadDims)
     for (int sms : {1, 46, 132})
-      for (bool is_new : {false, true})
+      for (SmemSize size : kSmemSizes)
         for (int batch : {1, 2, 65, 500})
           for (int seqlen_q : {1, 3, 17, 300})
             for (int group : {1, 8})
@@ -99,11 +99,11 @@ int main() {
                 for (int capacity : {1, 1000, 1 << 22})
                   for (int splits : {0, 1, 2, 128})
                     check_plan(call(batch, seqlen_q, group, heads_kv, capacity, splits), head_dim,
-                               {sms, !is_new, is_new});
+                               {sms, size, size == SmemSize::k227});
   check_look_ahead();
   // More key tiles than an int numbers: equal parts, although none were asked for.
   DecodePlan const vast =
-      plan_decode(call(1000, 1, 1, 1, kUnlimited - 1, 0), kMaxHeadDim, {132, false, true});
+      plan_decode(call(1000, 1, 1, 1, kUnlimited - 1, 0), kMaxHeadDim, {132, SmemSize::k227, true});
   expect(vast.splits == 1, "a vast cache: %d parts", vast.splits);
   return check::finish();
 }

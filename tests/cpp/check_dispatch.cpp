@@ -1,11 +1,13 @@
 // Check of host/dispatch.cpp: who plans launches, what it gets, and what callers are told, with made-up entries on a made-up GPU.
-// Its argument is the text that FLASH_ATTN_ISA should have when the program starts.
+// Its arguments are the texts that FLASH_ATTN_ISA and FLASH_ATTN_TEST_SMEM_KB should have when the program starts.
 #include <cstring>
 #include <initializer_list>
+#include <tuple>
 
 #include "check.h"
 #include "host/dispatch.cpp"
 #include "host/pinned.cpp"
+#include "host/smem_limit.cpp"
 
 using namespace flash;
 using check::expect;
@@ -27,6 +29,7 @@ char const* cudaGetErrorString(cudaError_t) { return "what CUDA says"; }
 
 struct Seen {
   int planned, launched;  // the isa
+  int planned_kb, launched_kb;
   int64_t note;
   void* workspace;
   int* counters;
@@ -48,13 +51,13 @@ struct Kernels {
     return kIsa == Isa::kSm80 || params.problem.mask == MaskKind::kCausal;
   }
   static void plan(Params const& params, Plan& plan) {
-    seen.planned         = int(kIsa);
+    seen.planned = int(kIsa), seen.planned_kb = plan.smem_kb;
     plan.workspace_bytes = 16 * int(kIsa);
     plan.counters        = kIsa == Isa::kSm90 ? 4 : 0;
     put_notes(plan, int64_t(params.problem.batch));
   }
   static cudaError_t launch(Params const&, Plan const& plan, Scratch const& scratch, cudaStream_t) {
-    seen.launched  = int(kIsa);
+    seen.launched = int(kIsa), seen.launched_kb = plan.smem_kb;
     seen.note      = get_notes<int64_t>(plan);
     seen.workspace = scratch.workspace, seen.counters = scratch.counters;
     return result;
@@ -76,6 +79,7 @@ BwdEntry const* const kBwdEntries[]       = {&kEntry<BwdParams, Isa::kSm90>,
                                              &kEntry<BwdParams, Isa::kSm80>, nullptr};
 DecodeEntry const* const kDecodeEntries[] = {&kEntry<DecodeParams, Isa::kSm80>, nullptr};
 char const* const kBuiltArchs             = "80,90";
+char const* const kBuiltSmemKb            = "227,163";
 }  // namespace flash
 
 // --- Checks -------------------------------------------------------------------------------------
@@ -153,7 +157,8 @@ void check_messages() {
                  {"head_dim 72", "the kernel for head_dim 96", "FLASH_ATTN_HEAD_DIMS"});
   result = cudaErrorNoKernelImageForDevice;
   expect_failure("failed launch", launch_fwd(call<FwdParams>(MaskKind::kNone), nullptr),
-                 {"sm80", "head_dim 64, bf16", "what CUDA says", "80,90", "227 KB"});
+                 {"sm80", "head_dim 64, bf16", "what CUDA says", "80,90", "tiles for 227,163 KB",
+                  "this GPU allows 227 KB)"});
   result       = cudaSuccess;
   has_counters = false;
   seen         = {};
@@ -161,6 +166,51 @@ void check_messages() {
                  {"out of CUDA memory"});
   expect(seen.launched == 0, "launched without counters");
   has_counters = true;
+}
+
+// A lowered limit is an argument of the plan and its launch, and keeps calls to sm80.
+void check_smem_limit() {
+  for (auto [kb, want, isa] :
+       {std::tuple{0, 227, 90}, {227, 227, 90}, {163, 163, 80}, {99, 99, 80}}) {
+    expect(limit_smem_kb(kb).code == cudaSuccess, "a limit of %d KB fails", kb);
+    seen                   = {};
+    BwdParams const params = call<BwdParams>(MaskKind::kCausal);
+    Plan const plan        = plan_bwd(params);
+    limit_smem_kb(0);  // the plan keeps what it was made for
+    expect(launch_bwd(params, plan, nullptr, nullptr).code == cudaSuccess, "%d KB: no launch", kb);
+    expect(seen.planned_kb == want && seen.launched_kb == want,
+           "limit %d: planned for %d KB, launched for %d", kb, seen.planned_kb, seen.launched_kb);
+    expect(seen.planned == isa && seen.launched == isa, "limit %d: sm%d", kb, seen.launched);
+  }
+  for (int kb : {-1, 1, 98, 100, 228}) {
+    expect_failure("no size", limit_smem_kb(kb), {"kb must be 99, 163, 227 or 0", "got"});
+    expect(smem_limit_kb() == 227, "limited by no size");
+  }
+  // What does not fit says what is built and what is allowed.
+  limit_smem_kb(99);
+  result = cudaErrorInvalidConfiguration;
+  expect_failure("tiles that are not built", launch_fwd(call<FwdParams>(MaskKind::kNone), nullptr),
+                 {"tiles for 227,163 KB", "FLASH_ATTN_TEST_SMEM_KB allows 99 KB",
+                  "rebuild with FLASH_ATTN_SMEM_KB"});
+  result = cudaSuccess;
+  limit_smem_kb(0);
+}
+
+// What the environment's FLASH_ATTN_TEST_SMEM_KB does; the other checks begin after that.
+void check_smem_environment(char const* text) {
+  seen                      = {};
+  DecodeParams const params = call<DecodeParams>(MaskKind::kCausal);
+  Status const status       = launch_decode(params, plan_decode(params), nullptr, nullptr);
+  int const kb              = std::atoi(text);
+  if (*text && (!is_smem_size(kb) || std::to_string(kb) != text)) {
+    expect_failure("a variable that is no size", status,
+                   {"FLASH_ATTN_TEST_SMEM_KB=", text, "99, 163 or 227"});
+    expect(seen.launched == 0, "launched with FLASH_ATTN_TEST_SMEM_KB=%s", text);
+  } else {
+    expect(status.code == cudaSuccess && seen.launched_kb == (kb ? kb : 227),
+           "FLASH_ATTN_TEST_SMEM_KB=%s: launched for %d KB", text, seen.launched_kb);
+  }
+  limit_smem_kb(0);
 }
 
 // What the environment's FLASH_ATTN_ISA does; the other checks begin after that.
@@ -180,9 +230,12 @@ void check_environment(char const* isa) {
 }
 
 int main(int count, char** arguments) {
-  check_environment(count > 1 ? arguments[1] : "");
+  char const *const isa = count > 1 ? arguments[1] : "", *const kb = count > 2 ? arguments[2] : "";
+  if (!*isa) { check_smem_environment(kb); }
+  check_environment(isa);
   check_who_plans_launches();
   check_pin();
   check_messages();
+  check_smem_limit();
   return check::finish();
 }

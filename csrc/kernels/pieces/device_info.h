@@ -42,7 +42,4 @@ inline bool has_dependent_launch() {
 
 inline bool has_clusters() { return has_dependent_launch(); }
 
-// Less than sm_90's 227 KB: the small tiles of tile_config.h.
-inline bool has_small_smem() { return smem_limit_bytes() < 227 * 1024; }
-
 }  // namespace flash

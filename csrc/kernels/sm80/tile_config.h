@@ -1,19 +1,13 @@
 #pragma once
-// The tile table of the sm80 kernels: tile sizes, and every choice by head dimension, mask and level.
-// Read by kernels, host code and tests.  Main loops compare no head dimension: they ask a table here.
+// The tile table of the sm80 kernels: tile sizes by head dimension, shared memory and level.  How loops are written stands in loop_forms.h.
+// Read by kernels, host code and tests.  Main loops compare no head dimension: they ask one of these tables.
 // Measurements: benchmarks/README.md, "Tiles".  "Spills" are ptxas' reports for sm_90a.
 // Designated initialisers are C++20; gcc, clang and nvcc take them in C++17.
 #include "pieces/integers.cuh"
 #include "pieces/level.h"
+#include "pieces/smem_size.h"
 
 namespace flash::sm80 {
-
-// Whether the code is for sm_90 or newer.  For sm_80 the compiler needs a few registers more, and the backward keeps fewer values.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasSm90 = false;
-#else
-constexpr bool kHasSm90 = true;
-#endif
 
 // --- Forward -------------------------------------------------------------------------------------
 
@@ -22,9 +16,14 @@ struct FwdTile {
   bool q_in_regs;  // Q fragments stay in registers instead of being read again for each block
   int ctas;        // thread blocks per SM that registers must allow
   int early;       // k-steps of a block's P V (16 keys each) with exponentials before the product
+
+  constexpr bool operator==(FwdTile const& other) const {
+    return block_m == other.block_m && block_n == other.block_n && warps == other.warps &&
+           q_in_regs == other.q_in_regs && ctas == other.ctas && early == other.early;
+  }
 };
 
-constexpr FwdTile fwd_tile(int head_dim) {
+constexpr FwdTile fwd_tile(int head_dim, SmemSize size) {
   switch (head_dim) {
     case 32:  // As 64.
       return {.block_m = 128, .block_n = 64, .warps = 4, .q_in_regs = true, .ctas = 2, .early = 2};
@@ -34,7 +33,11 @@ constexpr FwdTile fwd_tile(int head_dim) {
       return {.block_m = 128, .block_n = 64, .warps = 4, .q_in_regs = false, .ctas = 2, .early = 4};
     case 128:  // As 96: O takes 128 registers, Q would take 64.
       return {.block_m = 128, .block_n = 64, .warps = 4, .q_in_regs = false, .ctas = 2, .early = 4};
-    case 192:  // O of 128 rows takes eight warps, and these all registers of an SM.
+    case 192:  // O of 128 rows takes eight warps, and these all registers of an SM.  99 KB have room for 32 keys.
+      if (size == SmemSize::k99) {
+        return {
+            .block_m = 128, .block_n = 32, .warps = 8, .q_in_regs = true, .ctas = 1, .early = 2};
+      }
       return {.block_m = 128, .block_n = 64, .warps = 8, .q_in_regs = true, .ctas = 1, .early = 4};
     default:  // O takes 128 registers of a thread: half the rows, so that two thread blocks fit.
       return {.block_m = 64, .block_n = 32, .warps = 4, .q_in_regs = true, .ctas = 2, .early = 2};
@@ -42,8 +45,8 @@ constexpr FwdTile fwd_tile(int head_dim) {
 }
 
 // For kernels that need registers for what they do to scores and weights.
-constexpr FwdTile general_fwd_tile(int head_dim) {
-  FwdTile tile = fwd_tile(head_dim);
+constexpr FwdTile general_fwd_tile(int head_dim, SmemSize size) {
+  FwdTile tile = fwd_tile(head_dim, size);
   if (head_dim == 128) { tile.block_n = 48; }  // S and P of 64 keys leave none
   tile.early = tile.block_n / 16;
   return tile;
@@ -51,72 +54,8 @@ constexpr FwdTile general_fwd_tile(int head_dim) {
 constexpr bool fwd_is_general(Level level) {
   return level == Level::kAll || level == Level::kDropout;
 }
-
-// How a forward kernel's loop is written.
-struct FwdForm {
-  int early;  // as FwdTile::early, of this kernel
-  int ahead;  // k-steps whose random numbers are drawn beside the block's Q K^T
-  bool
-      half_steps;  // blocks that only half of the rows see are steps for that half (visibility.cuh)
-  bool skips;      // masked steps leave out the products of a half that sees nothing
-  bool by_edge;    // masks hide one edge of the rows' keys at a time
-  bool parks;      // the moving pointers lie in shared memory during masked products
-  bool upward;     // K and V are copied from the last row of a block to the first
-  bool keeps_first;    // the first block's number stays in a register
-  bool first_in_loop;  // the first block's softmax is done by the loop's instructions
-  bool late_o;         // O gets its registers after the first product
-  bool votes;          // a condition that is the same for all lanes is voted on
-  bool one_body;       // steps with and without mask share their instructions
-  bool asks_empty;     // the epilogue asks whether a row has seen nothing
-  int plain_part,
-      masked_part;  // of Q K^T, which the barrier waits for; kAnyPart: the compiler's choice
-
-  static constexpr int kAnyPart = -1;
-};
-
-constexpr FwdForm fwd_form(FwdTile const& tile, int head_dim, MaskKind mask, Level level) {
-  bool const plain = level == Level::kPlain, windows = mask == MaskKind::kLocal;
-  bool const plain_window = plain && windows;
-  FwdForm form{
-      .early = tile.early,
-      .ahead = 0,
-      // Causal 1 to 5 % faster; from head dimension 96 on they spill.
-      .half_steps = plain && mask != MaskKind::kNone && head_dim <= 64,
-      // 7 % faster; 96 lost 5 %, 64 (in place of half steps) 8 %, other levels 7 to 66 %.
-      .skips = plain_window && head_dim == 128,
-      // Blocks that cross a window's edge seldom cross both: 2 % faster at 128.
-      .by_edge = plain_window,
-      // Without it the loop of the steps that skip spills 8 bytes; with it, 6 % faster.
-      .parks = plain_window && head_dim == 128,
-      // 2 % faster at 64; the others spill.
-      .upward = plain && !(windows && head_dim == 128),
-      // From 128 on there is no register for it.
-      .keeps_first = head_dim <= 96,
-      // 96 and 128 need fewer registers with it, 256 more.
-      .first_in_loop = head_dim == 96 || head_dim == 128,
-      // 256 needs fewer registers when the compiler decides.
-      .late_o = head_dim != 256 || !windows || changes_scores(level),
-      // A vote tells the compiler that lanes agree.  The others spill with it.
-      .votes = head_dim <= 128 && !changes_scores(level),
-      // Each feature's instructions stand in the loop once instead of twice.
-      .one_body = level == Level::kAll,
-      // A softcap kernel spilled.
-      .asks_empty  = level != Level::kSoftcap,
-      .plain_part  = FwdForm::kAnyPart,
-      .masked_part = FwdForm::kAnyPart,
-  };
-  // tanh and exponentials use the same unit: fewer of them before the product.
-  if (head_dim == 64 && level == Level::kSoftcap) { form.early = 1; }
-  if (level == Level::kDropout) {
-    // The last k-step's weights are dropped beside the product: 1.23 to 1.09 ms at 64, 850 to 845 us at 128.
-    if (head_dim == 64 || head_dim == 128) { form.early = tile.early - 1; }
-    // 5 % faster at 32 and 64, 1 % at 128.  It takes 16 to 20 registers: 192 and 256 spilled 4 and 12 bytes.
-    if (head_dim <= 128) { form.ahead = tile.block_n / 16; }
-  }
-  // The compiler put 70 to 128 of a step's 128 tensor core instructions before the barrier, another number with each change of the
-  // code, which made windows up to 8 % slower.  These parts leave about 106 before it in plain steps, and 124 in masked ones.
-  if (plain_window && head_dim == 64) { form.plain_part = 5, form.masked_part = 11; }
-  return form;
+constexpr FwdTile fwd_tile(int head_dim, SmemSize size, bool general) {
+  return general ? general_fwd_tile(head_dim, size) : fwd_tile(head_dim, size);
 }
 
 // --- Backward ------------------------------------------------------------------------------------
@@ -128,11 +67,19 @@ struct BwdTile {
   int dq_queries;  // warps along the queries in dQ (the others go along the head dimension)
   int sub_m;       // queries whose S^T and dP^T are in registers at a time
   int ctas;
+  int dq_parts;  // of the head dimension, whose dQ is in registers at a time
+
+  constexpr bool operator==(BwdTile const& other) const {
+    return block_m == other.block_m && block_n == other.block_n && warps == other.warps &&
+           stages == other.stages && sdp_keys == other.sdp_keys && dkv_keys == other.dkv_keys &&
+           dq_queries == other.dq_queries && sub_m == other.sub_m && ctas == other.ctas &&
+           dq_parts == other.dq_parts;
+  }
 };
 
 // sdp_keys == dkv_keys == warps keeps P^T and dS^T in registers as the A operand of dV and dK.
-// small_smem: for thread blocks of at most 163 KB (sm_80) instead of 227 KB (sm_90).
-constexpr BwdTile bwd_tile(int head_dim, bool small_smem) {
+constexpr BwdTile bwd_tile(int head_dim, SmemSize size) {
+  bool const at_least_163 = size != SmemSize::k99, at_least_227 = size == SmemSize::k227;
   switch (head_dim) {
     case 32:
     case 64:  // P^T in registers is worth 30 %: 128 x 128 through shared memory 279 TFLOP/s, this 368.
@@ -144,7 +91,8 @@ constexpr BwdTile bwd_tile(int head_dim, bool small_smem) {
               .dkv_keys   = 4,
               .dq_queries = 2,
               .sub_m      = 32,
-              .ctas       = 2};
+              .ctas       = 2,
+              .dq_parts   = 1};
     case 96:  // Two thread blocks with 128 keys would need 258 KB of shared memory.
       return {.block_m    = 64,
               .block_n    = 64,
@@ -154,78 +102,99 @@ constexpr BwdTile bwd_tile(int head_dim, bool small_smem) {
               .dkv_keys   = 2,
               .dq_queries = 2,
               .sub_m      = 64,
-              .ctas       = 2};
+              .ctas       = 2,
+              .dq_parts   = 1};
     case 128:  // 32 x 32 parts of S^T per warp: 327 TFLOP/s; P in registers with 16 keys per warp 300.
+      if (at_least_163) {
+        return {.block_m    = 64,
+                .block_n    = 128,
+                .warps      = 8,
+                .stages     = 2,
+                .sdp_keys   = 4,
+                .dkv_keys   = 2,
+                .dq_queries = 2,
+                .sub_m      = 64,
+                .ctas       = 1,
+                .dq_parts   = 1};
+      }
+      // The same parts of S^T.  With two stages 304.
       return {.block_m    = 64,
-              .block_n    = 128,
-              .warps      = 8,
-              .stages     = 2,
-              .sdp_keys   = 4,
-              .dkv_keys   = 2,
-              .dq_queries = 2,
-              .sub_m      = 64,
-              .ctas       = 1};
-    case 192:  // 96 keys 296 TFLOP/s, 64 keys 252; 163 KB have room for 64.
-      return {.block_m    = 64,
-              .block_n    = small_smem ? 64 : 96,
-              .warps      = 8,
-              .stages     = 2,
+              .block_n    = 64,
+              .warps      = 4,
+              .stages     = 1,
               .sdp_keys   = 2,
               .dkv_keys   = 2,
               .dq_queries = 2,
               .sub_m      = 64,
-              .ctas       = 1};
-    default: {  // 16 x 32 parts of S^T per warp; 163 KB have room for 32 queries.
-      int const queries = small_smem ? 32 : 64;
-      return {.block_m    = queries,
-              .block_n    = 64,
-              .warps      = 8,
-              .stages     = 2,
-              .sdp_keys   = 4,
-              .dkv_keys   = 2,
+              .ctas       = 2,
+              .dq_parts   = 1};
+    case 192:  // 96 keys 296 TFLOP/s, 64 keys 252; 163 KB have room for 64.
+      if (at_least_163) {
+        return {.block_m    = 64,
+                .block_n    = at_least_227 ? 96 : 64,
+                .warps      = 8,
+                .stages     = 2,
+                .sdp_keys   = 2,
+                .dkv_keys   = 2,
+                .dq_queries = 2,
+                .sub_m      = 64,
+                .ctas       = 1,
+                .dq_parts   = 1};
+      }
+      // dK and dV of 48 keys take 144 registers of a thread, dQ 96 if it is not in parts.
+      return {.block_m    = 64,
+              .block_n    = 48,
+              .warps      = 4,
+              .stages     = 1,
+              .sdp_keys   = 1,
+              .dkv_keys   = 1,
               .dq_queries = 2,
-              .sub_m      = queries,
-              .ctas       = 1};
-    }
+              .sub_m      = 64,
+              .ctas       = 2,
+              .dq_parts   = 3};
+    default:  // 16 x 32 parts of S^T per warp; 163 KB have room for 32 queries.
+      if (at_least_163) {
+        int const queries = at_least_227 ? 64 : 32;
+        return {.block_m    = queries,
+                .block_n    = 64,
+                .warps      = 8,
+                .stages     = 2,
+                .sdp_keys   = 4,
+                .dkv_keys   = 2,
+                .dq_queries = 2,
+                .sub_m      = queries,
+                .ctas       = 1,
+                .dq_parts   = 1};
+      }
+      // 32 x 64 parts of dQ and dK per warp.  99 KB have room for neither 64 keys nor a second stage.
+      return {.block_m    = 32,
+              .block_n    = 32,
+              .warps      = 4,
+              .stages     = 1,
+              .sdp_keys   = 2,
+              .dkv_keys   = 1,
+              .dq_queries = 1,
+              .sub_m      = 32,
+              .ctas       = 2,
+              .dq_parts   = 1};
   }
 }
 
-// Head dimensions whose tiles are others with less shared memory.
-constexpr bool has_small_bwd_tile(int head_dim) { return head_dim > 128; }
-
 // As in the forward pass: with these parts of S^T, the kernels have the registers.
-constexpr BwdTile general_bwd_tile(int head_dim, bool small_smem) {
-  BwdTile tile = bwd_tile(head_dim, small_smem);
+constexpr BwdTile general_bwd_tile(int head_dim, SmemSize size) {
+  BwdTile tile = bwd_tile(head_dim, size);
   if (head_dim <= 64) { tile.sub_m = 16; }
-  if (head_dim == 128) { tile.sdp_keys = tile.dkv_keys = 8, tile.sub_m = 32; }
-  if (head_dim > 192) { tile = bwd_tile(head_dim, true); }
+  if (head_dim == 128) { tile.sdp_keys = tile.dkv_keys = tile.warps, tile.sub_m = 32; }
+  if (head_dim == 192 && size == SmemSize::k99) { tile.block_n = 32, tile.sdp_keys = 2; }
+  if (head_dim > 192 && size == SmemSize::k227) { tile = bwd_tile(head_dim, SmemSize::k163); }
   return tile;
+}
+constexpr BwdTile bwd_tile(int head_dim, SmemSize size, bool general) {
+  return general ? general_bwd_tile(head_dim, size) : bwd_tile(head_dim, size);
 }
 
 constexpr bool bwd_is_general(int head_dim, Level level) {
   return level != Level::kPlain && !(level == Level::kAlibi && head_dim == 128);
-}
-
-// How a backward kernel's loop is written.
-struct BwdForm {
-  bool by_edge;        // masks hide one edge of the rows' keys at a time; LSE is read before them
-  bool keeps_tile;     // what the loop asks of its tile stays in registers
-  bool asks_range;     // whether a query block needs the mask is asked, also where none does
-  bool loops_on_mask;  // the mask is a loop of at most one round
-};
-
-constexpr BwdForm bwd_form(int head_dim, MaskKind mask, Level level) {
-  bool const plain = level == Level::kPlain;
-  return {
-      // 3 % faster; 64 spilled, others were not tried.
-      .by_edge = plain && mask == MaskKind::kLocal && head_dim == 128,
-      // The others spilled.
-      .keeps_tile = !bwd_is_general(head_dim, level) && head_dim <= 128,
-      // The kernel for 256 spills without the test.
-      .asks_range = mask != MaskKind::kNone || head_dim == 256,
-      // A branch would become predicated instructions, issued in every step.
-      .loops_on_mask = level == Level::kAll,
-  };
 }
 
 // --- Decoding ------------------------------------------------------------------------------------
@@ -235,18 +204,26 @@ constexpr BwdForm bwd_form(int head_dim, MaskKind mask, Level level) {
 struct DecodeTile {
   int warps_m, warps_n;  // one of them is 1
   int tile_n;            // keys of one warp's (narrow) or the thread block's (wide) tile
-  int stages, ctas;      // a stage is one K and one V tile
+  int stages;            // a stage is one K and one V tile
+  int ctas;              // thread blocks that run on a multiprocessor at once, for the plan
   bool q_in_regs;
   int at_once;  // parts of a row that a thread has on their way to it when it merges them
 
   constexpr int block_m() const { return 16 * warps_m; }
   constexpr int block_n() const { return tile_n * warps_n; }
+  // Whether one kernel serves both: it knows nothing of ctas.
+  constexpr bool operator==(DecodeTile const& other) const {
+    return warps_m == other.warps_m && warps_n == other.warps_n && tile_n == other.tile_n &&
+           stages == other.stages && q_in_regs == other.q_in_regs && at_once == other.at_once;
+  }
 };
 
 constexpr int kNarrowRows = 16;
 
-// Eight warps with as many stages as shared memory has room for: what is under way hides the memory's latency.
-constexpr DecodeTile narrow_decode_tile(int head_dim, bool small_smem) {
+// Warps with as many stages as shared memory has room for: what is under way hides the memory's latency.  Eight warps, or fewer where
+// eight would have less than two stages.
+constexpr DecodeTile narrow_decode_tile(int head_dim, SmemSize size) {
+  bool const is_163 = size == SmemSize::k163, is_99 = size == SmemSize::k99;
   DecodeTile tile{.warps_m   = 1,
                   .warps_n   = 8,
                   .tile_n    = 16,
@@ -256,27 +233,30 @@ constexpr DecodeTile narrow_decode_tile(int head_dim, bool small_smem) {
                   .at_once   = 16};
   switch (head_dim) {
     case 32:  // more stages are not needed
+      if (is_99) { tile.stages = 5; }
       break;
     case 64:
-      tile.stages = small_smem ? 4 : 6;
+      tile.stages = is_99 ? 3 : is_163 ? 4 : 6;
       break;
     case 96:
-      tile.stages = small_smem ? 3 : 4;
+      tile.warps_n = is_99 ? 4 : 8, tile.stages = is_99 || is_163 ? 3 : 4;
       break;
     case 128:
-      tile.stages = small_smem ? 2 : 3;
+      tile.warps_n = is_99 ? 4 : 8, tile.stages = is_99 || is_163 ? 2 : 3;
       break;
     case 192:  // eight warps would have room for two stages
-      tile.warps_n = 4, tile.stages = small_smem ? 3 : 4, tile.at_once = 4;
+      tile.warps_n = is_99 ? 2 : 4, tile.stages = is_99 || is_163 ? 3 : 4, tile.at_once = 4;
       break;
     default:  // as 192; Q takes 64 registers of a thread
-      tile.warps_n = 4, tile.stages = small_smem ? 2 : 3, tile.at_once = 4;
+      tile.warps_n = is_99 ? 2 : 4, tile.stages = is_99 || is_163 ? 2 : 3;
+      tile.at_once   = is_99 ? 2 : 4;  // with 4, two warps spilled
       tile.q_in_regs = false;
   }
   return tile;
 }
 
-constexpr DecodeTile wide_decode_tile(int head_dim, bool small_smem) {
+constexpr DecodeTile wide_decode_tile(int head_dim, SmemSize size) {
+  bool const at_least_227 = size == SmemSize::k227;
   DecodeTile tile{.warps_m   = 4,
                   .warps_n   = 1,
                   .tile_n    = 64,
@@ -293,16 +273,31 @@ constexpr DecodeTile wide_decode_tile(int head_dim, bool small_smem) {
       tile.stages = 2;
       break;
     case 192:  // Q and 64 keys have no registers beside O
-      tile.tile_n = 32, tile.stages = 2, tile.ctas = small_smem ? 1 : 2, tile.q_in_regs = false;
+      tile.tile_n = 32, tile.stages = 2, tile.ctas = at_least_227 ? 2 : 1, tile.q_in_regs = false;
       break;
     default:  // 32 keys: 116 bytes of spills
-      tile.tile_n = 16, tile.ctas = small_smem ? 1 : 2, tile.q_in_regs = false;
+      tile.tile_n = 16, tile.ctas = at_least_227 ? 2 : 1, tile.q_in_regs = false;
   }
+  // Of a multiprocessor's 100 KB.
+  if (size == SmemSize::k99 && head_dim > 32) { tile.ctas = 1; }
   return tile;
 }
 
-constexpr DecodeTile decode_tile(int head_dim, bool narrow, bool small_smem) {
-  return narrow ? narrow_decode_tile(head_dim, small_smem) : wide_decode_tile(head_dim, small_smem);
+constexpr DecodeTile decode_tile(int head_dim, bool narrow, SmemSize size) {
+  return narrow ? narrow_decode_tile(head_dim, size) : wide_decode_tile(head_dim, size);
+}
+
+// --- Sizes that share a tile ---------------------------------------------------------------------
+
+// tile_of(size) for one head dimension and kind of kernel, as arguments of largest_with_tile_of and smallest_with_tile_of.
+constexpr auto fwd_tiles(int head_dim, bool general) {
+  return [=](SmemSize size) { return fwd_tile(head_dim, size, general); };
+}
+constexpr auto bwd_tiles(int head_dim, bool general) {
+  return [=](SmemSize size) { return bwd_tile(head_dim, size, general); };
+}
+constexpr auto decode_tiles(int head_dim, bool narrow) {
+  return [=](SmemSize size) { return decode_tile(head_dim, narrow, size); };
 }
 
 }  // namespace flash::sm80

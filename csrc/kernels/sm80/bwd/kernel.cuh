@@ -20,6 +20,7 @@ template <class Traits, MaskKind kMask, Level kLevel>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     bwd_kernel(__grid_constant__ BwdKernelParams const params,
                __grid_constant__ TileOrder const order) {
+  if (!kIsForThisArch<Traits>) { return; }
   using Element         = typename Traits::Element;
   using TileK           = typename Traits::TileK;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
@@ -27,6 +28,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   Element* const smem = reinterpret_cast<Element*>(smem_bytes);
   // What is needed again later: kept in registers it would be spilled in the loop.
   __shared__ SavedTile saved;
+  static_assert(sizeof(saved) <= Traits::kStaticSmemBytes);
   Problem const& problem = params.problem;
   int const thread       = threadIdx.x;
   let_next_kernel_start();  // the conversion of dQ: its thread blocks take places when these have all begun

@@ -2,7 +2,6 @@
 // Backward launch: preprocess, main kernel by mask, conversion of dQ.
 #include "common/bwd_preprocess.h"
 #include "entry.h"
-#include "pieces/device_info.h"
 #include "pieces/launch.cuh"
 #include "sm80/bwd/kernel.cuh"
 #include "sm80/bwd/postprocess.cuh"
@@ -47,28 +46,28 @@ cudaError_t launch_bwd_kernels(BwdKernelParams const& params, Kernel kernel, cud
 }
 
 template <class Traits, class General>
-cudaError_t launch_bwd_variant(BwdKernelParams const& params, cudaStream_t stream) {
+cudaError_t launch_bwd_variant(BwdKernelParams const& params, int smem_kb, cudaStream_t stream) {
   using GeneralDq    = std::conditional_t<kSameDq<Traits, General>, Traits, General>;
   cudaError_t status = cudaSuccess;
   choose_kernel(params.problem, [&](auto mask, auto level) {
     constexpr bool kGeneral = bwd_is_general(Traits::kHeadDim, level);
     using Chosen            = std::conditional_t<kGeneral, General, Traits>;
     using ChosenDq          = std::conditional_t<kGeneral, GeneralDq, Traits>;
-    status = launch_bwd_kernels<Chosen, ChosenDq>(params, &bwd_kernel<Chosen, mask, level>, stream);
+    status = fits<Chosen>(smem_kb) ? launch_bwd_kernels<Chosen, ChosenDq>(
+                                         params, &bwd_kernel<Chosen, mask, level>, stream)
+                                   : cudaErrorInvalidConfiguration;
   });
   return status;
 }
 
-// The functions of a unit.  kSmallTiles: this build is also for GPUs whose thread blocks get less shared memory than sm_90's.
-template <int kHeadDim, class Element, bool kSmallTiles>
+// The functions of a unit.  Sizes: BuiltSizes.
+template <int kHeadDim, class Element, class Sizes>
 struct Bwd {
   static bool serves(BwdParams const&) { return true; }
 
   static void plan(BwdParams const& params, Plan& plan) {
-    bool const small_smem         = kSmallTiles && has_small_smem();
-    BwdTile const tile            = bwd_is_general(kHeadDim, level_of(params.problem))
-                                        ? general_bwd_tile(kHeadDim, small_smem)
-                                        : bwd_tile(kHeadDim, small_smem);
+    bool const general            = bwd_is_general(kHeadDim, level_of(params.problem));
+    BwdTile const tile            = bwd_tile(kHeadDim, size_within(Sizes{}, plan.smem_kb), general);
     BwdWorkspaceSizes const sizes = bwd_workspace_sizes(params, tile.block_m, kHeadDim);
     plan.workspace_bytes          = sizes.bytes();
     put_notes(plan, sizes);
@@ -78,14 +77,13 @@ struct Bwd {
                             cudaStream_t stream) {
     BwdKernelParams const all =
         kernel_params(params, get_notes<BwdWorkspaceSizes>(plan), scratch.workspace);
-    if constexpr (kSmallTiles && has_small_bwd_tile(kHeadDim)) {
-      if (has_small_smem()) {
-        return launch_bwd_variant<BwdTraits<kHeadDim, Element, true>,
-                                  BwdTraits<kHeadDim, Element, true, true>>(all, stream);
-      }
-    }
-    return launch_bwd_variant<BwdTraits<kHeadDim, Element>,
-                              BwdTraits<kHeadDim, Element, false, true>>(all, stream);
+    cudaError_t status = cudaSuccess;
+    choose_size(Sizes{}, plan.smem_kb, [&](auto size) {
+      status =
+          launch_bwd_variant<BwdTraitsOf<kHeadDim, Element, size, false>,
+                             BwdTraitsOf<kHeadDim, Element, size, true>>(all, plan.smem_kb, stream);
+    });
+    return status;
   }
 };
 

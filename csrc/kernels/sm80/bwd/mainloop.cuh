@@ -9,12 +9,13 @@
 #include "pieces/mask.cuh"
 #include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
-#include "sm80/bwd/traits.cuh"
+#include "sm80/bwd/scores.cuh"
 #include "sm80/bwd/weights.cuh"
 #include "sm80/instructions/copy.cuh"
 #include "sm80/instructions/dq_accum.cuh"
 #include "sm80/instructions/fragment.cuh"
 #include "sm80/instructions/store.cuh"
+#include "sm80/loop_forms.h"
 
 namespace flash::sm80 {
 
@@ -26,12 +27,15 @@ struct BwdMainloop {
   using TileS   = typename Traits::TileS;
   using CopyQ   = TileCopy<Element, Traits::kBlockM, Traits::kHeadDim, Traits::kThreads>;
   using CopyK   = TileCopy<Element, Traits::kBlockN, Traits::kHeadDim, Traits::kThreads>;
-  using TileSdp = Shape<Int<Traits::kBlockN>, Int<Traits::kSubM>>;
+  using Scores  = BwdScores<Traits, kLevel>;
+  using TileSdp = typename Scores::TileSdp;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kSubM = Traits::kSubM;
   static constexpr int kRowValues = 2 * kBlockM;  // LSE and delta of a query block
   static constexpr BwdForm kForm  = bwd_form(Traits::kHeadDim, kMask, kLevel);
   // Blocks that cross a window's edge seldom cross both: each is masked by itself, and LSE is read before.
   static constexpr bool kByEdge = kForm.by_edge;
+  // The next Q and dO arrive where this block's are, beside its dQ; otherwise in the other stage, beside the whole step.
+  static constexpr bool kOneStage = Traits::kStages == 1;
 
   // Matrices of the key head and of the first query head that shares it.
   struct Operands {
@@ -116,7 +120,7 @@ struct BwdMainloop {
     cp_async_commit();
     clear_now<true>(tdKrdK), clear_now<true>(tdVrdV);  // while the loads are under way
 
-    for (int stage = 0; head < read_now(saved.group); stage ^= 1) {
+    for (int stage = 0; head < read_now(saved.group); stage ^= Traits::kStages - 1) {
       // Shared memory addresses that depend on the thread are worth fewer registers than they would take across iterations.
       int const lane = kHasSm90 ? opaque(thread) : thread_now();
       cp_async_wait<0>();
@@ -124,14 +128,16 @@ struct BwdMainloop {
       auto const ends_head = [&] { return m_block + 1 == range().end; };
       bool const new_head  = ends_head();
       int const next_block = new_head ? range().first : m_block + 1;
-      if (!(new_head && head + 1 == read_now(saved.group))) {
-        int64_t const rows = int64_t(next_block - m_block) * kBlockM;  // without kKeep unused
-        copy_q.move(rows * q_stride + (new_head ? params.q.head_stride : 0));
-        copy_dout.move(rows * dout_stride + (new_head ? params.dout.head_stride : 0));
-        start_tiles(stage ^ 1, head + new_head, next_block, lane);
-        start_rows(stage ^ 1, head + new_head, next_block, lane);
+      if constexpr (!kOneStage) {
+        if (!(new_head && head + 1 == read_now(saved.group))) {
+          int64_t const rows = int64_t(next_block - m_block) * kBlockM;  // without kKeep unused
+          copy_q.move(rows * q_stride + (new_head ? params.q.head_stride : 0));
+          copy_dout.move(rows * dout_stride + (new_head ? params.dout.head_stride : 0));
+          start_tiles(stage ^ 1, head + new_head, next_block, lane);
+          start_rows(stage ^ 1, head + new_head, next_block, lane);
+        }
+        cp_async_commit();
       }
-      cp_async_commit();
 
       Element* const stage_q   = smem_q + stage * 2 * TileQ::kSize;
       float const* const sRows = smem_rows + stage * kRowValues;
@@ -165,7 +171,7 @@ struct BwdMainloop {
         constexpr int kQueries = decltype(size<1>(scores))::value;  // of this thread
         float lse[kQueries];
         bool any_large = false;
-        if constexpr (kByEdge) { any_large = load_lse(lse, sRows + sub * kSubM, lane); }
+        if constexpr (kByEdge) { any_large = Scores::load_lse(lse, sRows + sub * kSubM, lane); }
         auto const mask = [&](auto edges) {
           mask_scores<true, typename Traits::MmaSdp, TileSdp, edges>(tSrS, see_now(), row0,
                                                                      first_key, lane);
@@ -183,16 +189,16 @@ struct BwdMainloop {
             mask(Constant<Edges::kBoth>{});
           }
         }
-        if constexpr (!kByEdge) { any_large = load_lse(lse, sRows + sub * kSubM, lane); }
-        if (any_large) { limit_scores(scores, lse, scale_log2, params.problem.keep_log2); }
+        if constexpr (!kByEdge) { any_large = Scores::load_lse(lse, sRows + sub * kSubM, lane); }
+        if (any_large) { Scores::limit_scores(scores, lse, scale_log2, params.problem.keep_log2); }
 
         // dP^T, beside it the exponentials
         auto tSrdP = partition_fragment_C(mma_sdp, TileSdp{});
         clear(tSrdP);
         gemm_ss<typename Traits::OperandK, typename Traits::OperandQ>(
             mma_sdp, tSrdP, sV, sdO, lane, [&](int part) {
-              exponentials(scores, lse, scale_log2, part * kQueries / kDpParts,
-                           (part + 1) * kQueries / kDpParts);
+              Scores::exponentials(scores, lse, scale_log2, part * kQueries / kDpParts,
+                                   (part + 1) * kQueries / kDpParts);
             });
         if constexpr (may_have(kLevel, Level::kDropout)) {
           if (decided<kLevel>(Level::kDropout, saved.features.drops)) {
@@ -200,7 +206,7 @@ struct BwdMainloop {
                                  first_key, lane);
           }
         }
-        auto tSrP = round_kept(tSrS);
+        auto tSrP = Scores::round_kept(tSrS);
         if constexpr (!Traits::kPInRegs) {
           fragment_to_smem<typename Traits::MmaSdp>(tSrP, sP, lane);
         }
@@ -208,12 +214,13 @@ struct BwdMainloop {
         // dS^T
         float const* const sLse = sRows + sub * kSubM;
         if constexpr (may_have(kLevel, Level::kSoftcap)) {
-          score_gradients(tSrdP, tSrS, sLse + kBlockM, lane,
-                          softcap_gradient(params.problem, mod_of_head(), sLse,
-                                           row0 + see_now().shift() - first_key, lane));
+          Scores::score_gradients(
+              tSrdP, tSrS, sLse + kBlockM, lane,
+              Scores::softcap_gradient(params.problem, mod_of_head(), sLse,
+                                       row0 + see_now().shift() - first_key, lane));
         } else {
-          score_gradients(tSrdP, tSrS, sLse + kBlockM, lane,
-                          [](int, int, float gradient, float) { return gradient; });
+          Scores::score_gradients(tSrdP, tSrS, sLse + kBlockM, lane,
+                                  [](int, int, float gradient, float) { return gradient; });
         }
         auto tSrdS = round_to<Element>(tSrdP);
         fragment_to_smem<typename Traits::MmaSdp>(
@@ -230,29 +237,55 @@ struct BwdMainloop {
           gemm_rs<typename Traits::OperandQt>(mma_dkv, tdKrdK, tdKrdS, sQt, lane);
         }
       }
-      __syncthreads();  // PROTECTS: dS^T (and P^T) of all warps are in shared memory.
+      // PROTECTS: dS^T (and P^T) of all warps are in shared memory.  With P^T in registers, Q and dO have been read by all warps.
+      __syncthreads();
 
-      if constexpr (!Traits::kPInRegs) {  // dV += P^T dO
+      auto const add_to_dv = [&] {  // dV += P^T dO
         gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
             mma_dkv, tdVrdV, sP, TileQ::transposed(stage_q + TileQ::kSize), lane);
-      }
-      // dQ += dS K
-      auto tdQrdQ = partition_fragment_C(typename Traits::MmaDq{},
-                                         Shape<Int<kBlockM>, Int<Traits::kHeadDim>>{});
-      clear(tdQrdQ);
-      gemm_ss<typename Traits::OperandDs, typename Traits::OperandKt>(
-          typename Traits::MmaDq{}, tdQrdQ, TileS::transposed(smem_s), TileK::transposed(smem),
-          lane);
-      int const place  = index(head, m_block);
-      int* const turns = params.workspace.dq_turn;
-      add_to_dq<Traits::kThreads>(
-          params.workspace.dq_accum + int64_t(place) * Traits::kDqElements, tdQrdQ,
-          turns ? turns + place : nullptr,
-          first_key / kBlockN - key_blocks<kBlockM, kBlockN>(see_now(), m_block).first, lane);
-      if constexpr (!Traits::kPInRegs) {  // dK += dS^T Q
+      };
+      auto const add_to_dk = [&] {  // dK += dS^T Q
         gemm_ss<typename Traits::OperandPt, typename Traits::OperandQt>(
             mma_dkv, tdKrdK, sdS, TileQ::transposed(stage_q), lane);
+      };
+      if constexpr (!Traits::kPInRegs) { add_to_dv(); }
+      if constexpr (kOneStage) {
+        if constexpr (!Traits::kPInRegs) {
+          add_to_dk();
+          __syncthreads();  // PROTECTS: all warps are done with Q and dO, which the next ones replace.
+        }
+        // The loads of above, here.  As a function of both places they cost two stages their schedule; for sm_80 ends is found anew.
+        bool const ends = kHasSm90 ? new_head : ends_head();
+        int const next  = kHasSm90 ? next_block : ends ? range().first : m_block + 1;
+        if (!(ends && head + 1 == read_now(saved.group))) {
+          int64_t const rows = int64_t(next - m_block) * kBlockM;  // without kKeep unused
+          copy_q.move(rows * q_stride + (ends ? params.q.head_stride : 0));
+          copy_dout.move(rows * dout_stride + (ends ? params.dout.head_stride : 0));
+          start_tiles(0, head + ends, next, lane);
+          start_rows(0, head + ends, next, lane);
+        }
+        cp_async_commit();
       }
+      // dQ += dS K.  For sm_80 the parts are a loop: unrolled, they spilled.
+      constexpr int kUnroll = kHasSm90 ? Traits::kDqParts : 1;
+#pragma unroll kUnroll
+      for (int part = 0; part < Traits::kDqParts; ++part) {
+        auto tdQrdQ = partition_fragment_C(typename Traits::MmaDq{},
+                                           Shape<Int<kBlockM>, Int<Traits::kDqColumns>>{});
+        clear(tdQrdQ);
+        gemm_ss<typename Traits::OperandDs, typename Traits::OperandKt>(
+            typename Traits::MmaDq{}, tdQrdQ, TileS::transposed(smem_s), columns_of_k(smem, part),
+            lane);
+        int const place  = index(head, m_block);
+        int* const turns = params.workspace.dq_turn;
+        add_to_dq<Traits::kThreads>(
+            params.workspace.dq_accum + int64_t(place) * Traits::kDqElements +
+                part * (kBlockM * Traits::kDqColumns),
+            tdQrdQ, turns ? turns + place : nullptr,
+            first_key / kBlockN - key_blocks<kBlockM, kBlockN>(see_now(), m_block).first, lane,
+            {part == 0, part + 1 == Traits::kDqParts});
+      }
+      if constexpr (!Traits::kPInRegs && !kOneStage) { add_to_dk(); }
       // For sm_80 computed again: kept, they were spilled.
       bool const ends = kHasSm90 ? new_head : ends_head();
       m_block         = kHasSm90 ? next_block : ends ? range().first : m_block + 1;
@@ -261,110 +294,19 @@ struct BwdMainloop {
   }
 
  private:
-  // Queries (columns) of this thread's scores, for reading per-query values.
-  CUTE_DEVICE static auto coordinates(int thread) {
-    auto tScS = tile_coordinates<typename Traits::MmaSdp, TileSdp>(thread);
-    return rows_of(tScS);
+  // K^T (head_dim, keys) of one of the parts of dQ.
+  CUTE_DEVICE static auto columns_of_k(Element* smem, int part) {
+    if constexpr (Traits::kDqParts == 1) {
+      return TileK::transposed(smem);
+    } else {
+      return local_tile(TileK::transposed(smem), Shape<Int<Traits::kDqColumns>, Int<kBlockN>>{},
+                        make_coord(part, _0{}));
+    }
   }
 
   // ldmatrix.x4 of Q (or dO) in one S^T (or dP^T) per warp.
   static constexpr int kDpParts =
       kSubM / (16 * (Traits::kWarps / Traits::kTile.sdp_keys)) * (Traits::kHeadDim / 16);
-
-  // LSE of this thread's queries, in base 2 and less by keep_log2: with dropout P^T is keep_scale times the weights.  Returns whether some
-  // of the warp's are so large that scores must be limited.
-  template <int kQueries>
-  CUTE_DEVICE static bool load_lse(float (&lse)[kQueries], float const* sLse, int thread) {
-    auto where    = coordinates(thread);
-    float largest = 0.f;
-    CUTE_UNROLL
-    for (int c = 0; c < kQueries; ++c) {
-      lse[c]  = sLse[get<1>(where(0, c))];
-      largest = fmaxf(largest, fabsf(lse[c]));
-    }
-    return __any_sync(~0u, largest > kLargeLog2);
-  }
-
-  // Where LSE is rounded so coarsely that exp2 could overflow where P is 1.
-  template <class TensorS, int kQueries>
-  CUTE_DEVICE static void limit_scores(TensorS& scores, float const (&lse)[kQueries],
-                                       float scale_log2, float keep_log2) {
-    CUTE_UNROLL
-    for (int c = 0; c < kQueries; ++c) {
-      CUTE_UNROLL
-      for (int r = 0; r < size<0>(scores); ++r) {
-        float const real = may_have(kLevel, Level::kDropout) ? lse[c] + keep_log2 : lse[c];
-        scores(r, c)     = fminf(scores(r, c), real / scale_log2);
-      }
-    }
-  }
-
-  // Queries [begin, end) of S^T become P^T = exp2(S^T scale_log2 - LSE).
-  template <class TensorS, int kQueries>
-  CUTE_DEVICE static void exponentials(TensorS& scores, float const (&lse)[kQueries],
-                                       float scale_log2, int begin, int end) {
-    CUTE_UNROLL
-    for (int c = begin; c < end; ++c) {
-      CUTE_UNROLL
-      for (int r = 0; r < size<0>(scores); ++r) {
-        scores(r, c) = exp2_approx(fmaf(scores(r, c), scale_log2, -lse[c]));
-      }
-    }
-  }
-
-  // P^T, rounded, without its dropped weights.
-  template <class TensorS>
-  CUTE_DEVICE static auto round_kept(TensorS const& tSrS) {
-    if constexpr (may_have(kLevel, Level::kDropout)) {
-      return round_positive<Element>(tSrS);
-    } else {
-      return round_to<Element>(tSrS);
-    }
-  }
-
-  // dP^T becomes dS^T = P^T (dP^T - delta), with dropout dP^T for kept weights alone.  The gradient then goes through
-  // inner(row, column, gradient, P).
-  template <class TensorS, class Inner>
-  CUTE_DEVICE static void score_gradients(TensorS& tSrdP, TensorS const& tSrP, float const* sDelta,
-                                          int thread, Inner inner) {
-    auto gradients = rows_of(tSrdP);
-    auto p         = rows_of(tSrP);
-    auto where     = coordinates(thread);
-    CUTE_UNROLL
-    for (int c = 0; c < size<1>(gradients); ++c) {
-      float const delta = sDelta[get<1>(where(0, c))];
-      CUTE_UNROLL
-      for (int r = 0; r < size<0>(gradients); ++r) {
-        if constexpr (may_have(kLevel, Level::kDropout)) {
-          float const kept = fmaxf(p(r, c), 0.f), weight = fabsf(p(r, c));
-          gradients(r, c) = inner(r, c, fmaf(kept, gradients(r, c), -weight * delta), weight);
-        } else {
-          gradients(r, c) = inner(r, c, p(r, c) * (gradients(r, c) - delta), p(r, c));
-        }
-      }
-    }
-  }
-
-  // Through tanh: times its derivative.  The score s after tanh and ALiBi comes back from P = exp2(s scale_log2 - LSE), where P is not 0.
-  // offset: of query i from key j in positions, where both are the tile's first.
-  CUTE_DEVICE static auto softcap_gradient(Problem const& problem, ScoreMod const& mod,
-                                           float const* sLse, int offset, int thread) {
-    auto where          = coordinates(thread);
-    auto where0         = coordinates(0);  // known at compile time
-    float const inverse = kLn2 * problem.unit.per_unit;
-    TileDistances<true, typename Traits::MmaSdp, TileSdp> const distances(offset, thread);
-    return [=](int r, int c, float gradient, float weight) {
-      // Finite where P, and so the gradient, is 0: hidden keys, and queries without keys, whose LSE is +inf.
-      constexpr float kLeastLog2 = -150.f, kLargest = 1e18f;
-      float const lse = fminf(sLse[get<1>(where(0, c))] * inverse, kLargest);
-      float capped    = fmaf(fmaxf(log2_approx(weight), kLeastLog2), inverse, lse);
-      if constexpr (kLevel == Level::kAll) {
-        if (problem.softcap == 0.f) { return gradient; }
-        capped = mod.unbiased(capped, distances.of(where0(r, c)));
-      }
-      return gradient * ScoreMod::cap_derivative(capped);
-    };
-  }
 };
 
 }  // namespace flash::sm80

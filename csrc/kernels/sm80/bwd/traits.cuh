@@ -16,16 +16,17 @@
 namespace flash::sm80 {
 using namespace cute;
 
-// kGeneral: with the general tile (bwd_is_general).
-template <int kHeadDim_, class Element_, bool kSmallSmem = false, bool kGeneral = false>
+// kSize: the largest with this tile.  kGeneral: with the general tile (bwd_is_general).
+template <int kHeadDim_, class Element_, SmemSize kSize = SmemSize::k227, bool kGeneral = false>
 struct BwdTraits {
-  using Element = Element_;
-  static constexpr BwdTile kTile =
-      kGeneral ? general_bwd_tile(kHeadDim_, kSmallSmem) : bwd_tile(kHeadDim_, kSmallSmem);
+  using Element                  = Element_;
+  static constexpr BwdTile kTile = bwd_tile(kHeadDim_, kSize, kGeneral);
   static constexpr int kHeadDim = kHeadDim_, kBlockM = kTile.block_m, kBlockN = kTile.block_n;
   static constexpr int kWarps = kTile.warps, kThreads = kWarps * 32, kStages = kTile.stages,
                        kMinCtas = kTile.ctas;
-  static_assert(kStages == 2, "the next query block is loaded while this one is in use");
+  static_assert(
+      kStages == 1 || kStages == 2,
+      "the next query block is loaded while this one is in use, or when it has been used");
 
   template <int kWarpsM>
   using WarpMma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarpsM>, Int<kWarps / kWarpsM>, _1>>,
@@ -55,6 +56,11 @@ struct BwdTraits {
   static_assert(kBlockM % (16 * kTile.dq_queries) == 0 &&
                     kHeadDim % (16 * (kWarps / kTile.dq_queries)) == 0,
                 "whole dQ tiles");
+  // Parts of the head dimension, one after the other: their atoms are the runs of atoms of the whole dQ's accumulator.
+  static constexpr int kDqParts = kTile.dq_parts, kDqColumns = kHeadDim / kDqParts;
+  static_assert(kHeadDim % (kDqParts * 16 * (kWarps / kTile.dq_queries)) == 0 &&
+                    kDqColumns % atom_columns(kHeadDim) == 0,
+                "whole parts of dQ");
 
   using TileQ = SmemTile<kBlockM, kHeadDim>;  // Q and dO
   using TileK = SmemTile<kBlockN, kHeadDim>;  // K and V, later dK and dV
@@ -69,12 +75,25 @@ struct BwdTraits {
   using OperandKt = SmemOperand<false, LdsmT, Element, MmaDq>;  // K^T (head_dim, keys)
 
   //   | K | V | Q, dO stage 0 | Q, dO stage 1 | dS^T | P^T unless in registers | LSE, delta stage 0 | LSE, delta stage 1 |
+  //   (without the second stages where kStages is 1)
   static constexpr int kTileElements =
       2 * TileK::kSize + kStages * 2 * TileQ::kSize + (kPInRegs ? 1 : 2) * TileS::kSize;
   static constexpr int kSmemBytes =
       kTileElements * int(sizeof(Element)) + kStages * 2 * kBlockM * int(sizeof(float));
   static constexpr int kDqElements =
-      kBlockM * kHeadDim;  // fp32 values of one query block in dq_accum
+      kBlockM * kHeadDim;                       // fp32 values of one query block in dq_accum
+  static constexpr int kStaticSmemBytes = 256;  // not more than this; bwd/kernel.cuh checks it
+  static_assert(kSize == largest_with_tile_of(kSize, bwd_tiles(kHeadDim, kGeneral)),
+                "sizes with the same tile share a kernel");
+  static constexpr SmemSize kSmallestSize =
+      smallest_with_tile_of(kSize, bwd_tiles(kHeadDim, kGeneral));
+  static_assert(fits_just<kSmemBytes + kStaticSmemBytes>(kSmallestSize),
+                "a thread block fits every size that it serves, and no other");
 };
+
+// The traits for one size of shared memory.
+template <int kHeadDim, class Element, SmemSize kSize, bool kGeneral>
+using BwdTraitsOf = BwdTraits<kHeadDim, Element,
+                              largest_with_tile_of(kSize, bwd_tiles(kHeadDim, kGeneral)), kGeneral>;
 
 }  // namespace flash::sm80

@@ -46,7 +46,8 @@ struct DecodeEpilogue {
   using Element                = typename Traits::Element;
   static constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
   static constexpr int kPitchO = Traits::kPitchO, kThreads = Traits::kThreads;
-  static constexpr int kChunks = kHeadDim / 4;  // of four columns
+  static constexpr int kChunks      = kHeadDim / 4;  // of four columns
+  static constexpr int kStaticBytes = sizeof(int);   // shared memory beside the kernel's own
 
   DecodeKernelParams const& params;
   DecodeTask const& task;

@@ -32,12 +32,16 @@ CUTE_DEVICE void clear_tail(DecodeKernelParams const& params) {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     decode_kernel(__grid_constant__ DecodeKernelParams const params) {
+  if (!kIsForThisArch<Traits>) { return; }
   using Element = typename Traits::Element;
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   __shared__ int scratch[Traits::kThreads / 32];
   __shared__ DecodeCursor cursor;
   __shared__ DecodeWork work;
   __shared__ typename DecodeMainloop<Traits>::Row rows[Traits::kBlockM];
+  static_assert(sizeof(scratch) + sizeof(cursor) + sizeof(work) + sizeof(rows) +
+                    DecodeEpilogue<Traits>::kStaticBytes <=
+                Traits::kStaticSmemBytes);
 
   let_next_kernel_start();
   touch(params);  // they come into the constant cache while the kernel before ends

@@ -29,21 +29,19 @@ cudaError_t launch_decode_variant(DecodeKernelParams const& params, cudaStream_t
   return launch_kernel(kernel, launch, chosen);
 }
 
-template <int kHeadDim, class Element, bool kSmallSmem>
-cudaError_t launch_decode_tile(DecodeKernelParams const& params, cudaStream_t stream) {
-  if (params.plan.block_m == kNarrowRows) {
-    return launch_decode_variant<DecodeTraits<kHeadDim, Element, true, kSmallSmem>>(params, stream);
-  }
-  return launch_decode_variant<DecodeTraits<kHeadDim, Element, false, kSmallSmem>>(params, stream);
+template <class Traits>
+cudaError_t launch_if_it_fits(DecodeKernelParams const& params, int smem_kb, cudaStream_t stream) {
+  return fits<Traits>(smem_kb) ? launch_decode_variant<Traits>(params, stream)
+                               : cudaErrorInvalidConfiguration;
 }
 
-// The functions of a unit.  kSmallTiles: this build is also for GPUs whose thread blocks get less shared memory than sm_90's.
-template <int kHeadDim, class Element, bool kSmallTiles>
+// The functions of a unit.  Sizes: BuiltSizes.
+template <int kHeadDim, class Element, class Sizes>
 struct Decode {
   static bool serves(DecodeParams const&) { return true; }
 
   static void plan(DecodeParams const& params, Plan& plan) {
-    DecodeDevice const device{sm_count(), kSmallTiles && has_small_smem(), has_clusters()};
+    DecodeDevice const device{sm_count(), size_within(Sizes{}, plan.smem_kb), has_clusters()};
     DecodePlan const decided = plan_decode(params, kHeadDim, device);
     plan.workspace_bytes     = workspace_bytes(decided);
     plan.counters            = uses_kept_counters(decided) ? decided.counters : 0;
@@ -58,10 +56,15 @@ struct Decode {
       cudaError_t const status = cudaMemsetAsync(all.workspace.counters, 0, bytes, stream);
       if (status != cudaSuccess) { return status; }
     }
-    if constexpr (kSmallTiles) {
-      if (has_small_smem()) { return launch_decode_tile<kHeadDim, Element, true>(all, stream); }
-    }
-    return launch_decode_tile<kHeadDim, Element, false>(all, stream);
+    bool const narrow  = all.plan.block_m == kNarrowRows;
+    cudaError_t status = cudaSuccess;
+    choose_size(Sizes{}, plan.smem_kb, [&](auto size) {
+      using Narrow = DecodeTraitsOf<kHeadDim, Element, true, size>;
+      using Wide   = DecodeTraitsOf<kHeadDim, Element, false, size>;
+      status       = narrow ? launch_if_it_fits<Narrow>(all, plan.smem_kb, stream)
+                            : launch_if_it_fits<Wide>(all, plan.smem_kb, stream);
+    });
+    return status;
   }
 };
 

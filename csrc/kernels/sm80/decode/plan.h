@@ -42,7 +42,8 @@ struct DecodeKernelParams {
 // What a plan depends on beside the call.
 struct DecodeDevice {
   int sms;
-  bool small_smem, clusters;
+  SmemSize size;  // that the tiles are for
+  bool clusters;
 };
 
 // A guess must not lead to memory that is not the cache's: what it comes from are lengths alone, and these end at the capacity.
@@ -79,7 +80,7 @@ inline DecodePlan plan_decode(DecodeParams const& params, int built_head_dim,
   Problem const& problem = params.problem;
   int const group = problem.heads_q / problem.heads_kv, rows = problem.seqlen_q * group;
   bool const narrow     = rows <= kNarrowRows;
-  DecodeTile const tile = decode_tile(built_head_dim, narrow, device.small_smem);
+  DecodeTile const tile = decode_tile(built_head_dim, narrow, device.size);
   // At least one query tile: its thread block clears rows of q that belong to no sequence.
   int64_t const items =
       int64_t(problem.batch) * problem.heads_kv * ceil_div(max_of(rows, 1), tile.block_m());

@@ -10,10 +10,11 @@
 namespace flash::sm80 {
 using namespace cute;
 
-template <int kHeadDim_, class Element_, bool kNarrow_, bool kSmallSmem>
+// kSize: the largest with this tile.
+template <int kHeadDim_, class Element_, bool kNarrow_, SmemSize kSize>
 struct DecodeTraits {
   using Element                     = Element_;
-  static constexpr DecodeTile kTile = decode_tile(kHeadDim_, kNarrow_, kSmallSmem);
+  static constexpr DecodeTile kTile = decode_tile(kHeadDim_, kNarrow_, kSize);
   static constexpr bool kNarrow     = kNarrow_;
   static constexpr int kHeadDim = kHeadDim_, kBlockM = kTile.block_m(), kBlockN = kTile.block_n();
   static constexpr int kTileN = kTile.tile_n, kStages = kTile.stages, kMinCtas = kTile.ctas;
@@ -23,6 +24,7 @@ struct DecodeTraits {
   static constexpr bool kQInRegs = kTile.q_in_regs;
   static_assert(kTile.warps_m == 1 || kTile.warps_n == 1, "warps go one way");
   static_assert(kTileN % 16 == 0, "P is the A operand of k16 MMAs");
+  static_assert(kStages >= 2, "the next tile is loaded while this one is in use");
 
   // Of one group.
   using TiledMma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kGroupWarps>, _1, _1>>,
@@ -44,6 +46,19 @@ struct DecodeTraits {
   static constexpr int kMergeBytes =
       (kGroups * kBlockM * (kPitchO + 2) + kBlockM * (2 + kMergedParts)) * int(sizeof(float));
   static constexpr int kSmemBytes = kLoadBytes > kMergeBytes ? kLoadBytes : kMergeBytes;
+  // Not more than this; decode/kernel.cuh checks it.  The dynamic part begins at a multiple of 1024.
+  static constexpr int kStaticSmemBytes = kNarrow ? 1024 : 2048;
+  static_assert(kSize == largest_with_tile_of(kSize, decode_tiles(kHeadDim, kNarrow)),
+                "sizes with the same tile share a kernel");
+  static constexpr SmemSize kSmallestSize =
+      smallest_with_tile_of(kSize, decode_tiles(kHeadDim, kNarrow));
+  static_assert(fits_just<kSmemBytes + kStaticSmemBytes>(kSmallestSize),
+                "a thread block fits every size that it serves, and no other");
 };
+
+// The traits for one size of shared memory.
+template <int kHeadDim, class Element, bool kNarrow, SmemSize kSize>
+using DecodeTraitsOf = DecodeTraits<kHeadDim, Element, kNarrow,
+                                    largest_with_tile_of(kSize, decode_tiles(kHeadDim, kNarrow))>;
 
 }  // namespace flash::sm80

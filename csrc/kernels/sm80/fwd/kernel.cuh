@@ -146,8 +146,11 @@ struct QueryTile {
 template <class Traits, MaskKind kMask, Level kLevel>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     fwd_kernel(__grid_constant__ FwdParams const params, __grid_constant__ TileOrder const order) {
+  if (!kIsForThisArch<Traits>) { return; }
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   __shared__ SavedTile saved;
+  using Mainloop = FwdMainloop<Traits, kMask, kLevel>;
+  static_assert(sizeof(saved) + Mainloop::kParkedBytes <= Traits::kStaticSmemBytes);
   TileCoord const coord = order.coord(blockIdx.x);
   QueryTile<Traits, kMask, kLevel>{params, saved}.work(
       coord, int(order.by_sharing.divide(uint32_t(coord.head))),

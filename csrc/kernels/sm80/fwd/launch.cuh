@@ -28,19 +28,23 @@ cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, cudaStream
   return launch_kernel(kernel, launch, params, order);
 }
 
-// The functions of a unit.  The tiles are the same for every size of shared memory.
-template <int kHeadDim, class Element, bool>
+// The functions of a unit.  Sizes: BuiltSizes.
+template <int kHeadDim, class Element, class Sizes>
 struct Fwd {
   static bool serves(FwdParams const&) { return true; }
 
   static void plan(FwdParams const&, Plan&) {}
 
-  static cudaError_t launch(FwdParams const& params, Plan const&, Scratch const&,
+  static cudaError_t launch(FwdParams const& params, Plan const& plan, Scratch const&,
                             cudaStream_t stream) {
     cudaError_t status = cudaSuccess;
-    choose_kernel(params.problem, [&](auto mask, auto level) {
-      using Traits = FwdTraits<kHeadDim, Element, fwd_is_general(level)>;
-      status       = launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask, level>, stream);
+    choose_size(Sizes{}, plan.smem_kb, [&](auto size) {
+      choose_kernel(params.problem, [&](auto mask, auto level) {
+        using Traits = FwdTraitsOf<kHeadDim, Element, size, fwd_is_general(level)>;
+        status = fits<Traits>(plan.smem_kb)
+                     ? launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask, level>, stream)
+                     : cudaErrorInvalidConfiguration;
+      });
     });
     return status;
   }

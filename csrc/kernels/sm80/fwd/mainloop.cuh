@@ -9,6 +9,7 @@
 #include "sm80/fwd/scores.cuh"
 #include "sm80/fwd/weights.cuh"
 #include "sm80/instructions/fragment.cuh"
+#include "sm80/loop_forms.h"
 
 namespace flash::sm80 {
 
@@ -28,6 +29,8 @@ struct FwdMainloop {
   static constexpr int kAtomRows = 16 * Traits::kWarps, kAtoms = Traits::kBlockM / kAtomRows;
   static constexpr bool kHalves = kForm.half_steps, kSkips = kForm.skips;
   static_assert(kAtoms == 2 || !(kHalves || kSkips), "each row atom is a half of the tile's rows");
+  static constexpr int kParked      = kForm.parks ? 2 * Traits::kThreads : 1;  // pointers
+  static constexpr int kParkedBytes = kParked * int(sizeof(uint64_t));
 
   Loads const loads;
 
@@ -215,7 +218,7 @@ struct FwdMainloop {
         }
       }
     };
-    __shared__ uint64_t parked[kParks ? 2 * Traits::kThreads : 1];
+    __shared__ uint64_t parked[kParked];
     auto const place = [&](int i) -> uint64_t& {
       return parked[i * Traits::kThreads + thread_now()];
     };

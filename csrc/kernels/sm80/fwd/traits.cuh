@@ -9,11 +9,11 @@
 namespace flash::sm80 {
 using namespace cute;
 
-// kGeneral: with the general tile (fwd_is_general).
-template <int kHeadDim_, class Element_, bool kGeneral = false>
+// kSize: the largest with this tile.  kGeneral: with the general tile (fwd_is_general).
+template <int kHeadDim_, class Element_, SmemSize kSize = SmemSize::k227, bool kGeneral = false>
 struct FwdTraits {
   using Element                  = Element_;
-  static constexpr FwdTile kTile = kGeneral ? general_fwd_tile(kHeadDim_) : fwd_tile(kHeadDim_);
+  static constexpr FwdTile kTile = fwd_tile(kHeadDim_, kSize, kGeneral);
   static constexpr int kHeadDim = kHeadDim_, kBlockM = kTile.block_m, kBlockN = kTile.block_n;
   static constexpr int kWarps = kTile.warps, kThreads = kWarps * 32, kStages = 2;
   static constexpr int kMinCtas  = kTile.ctas;
@@ -41,6 +41,18 @@ struct FwdTraits {
   //   | Q, later O | K stage 0 | K stage 1 | V stage 0 | V stage 1 |
   static constexpr int kSmemBytes =
       (TileQ::kSize + 2 * kStages * TileKV::kSize) * int(sizeof(Element));
+  static constexpr int kStaticSmemBytes = 2304;  // not more than this; fwd/kernel.cuh checks it
+  static_assert(kSize == largest_with_tile_of(kSize, fwd_tiles(kHeadDim, kGeneral)),
+                "sizes with the same tile share a kernel");
+  static constexpr SmemSize kSmallestSize =
+      smallest_with_tile_of(kSize, fwd_tiles(kHeadDim, kGeneral));
+  static_assert(fits_just<kSmemBytes + kStaticSmemBytes>(kSmallestSize),
+                "a thread block fits every size that it serves, and no other");
 };
+
+// The traits for one size of shared memory.
+template <int kHeadDim, class Element, SmemSize kSize, bool kGeneral>
+using FwdTraitsOf = FwdTraits<kHeadDim, Element,
+                              largest_with_tile_of(kSize, fwd_tiles(kHeadDim, kGeneral)), kGeneral>;
 
 }  // namespace flash::sm80

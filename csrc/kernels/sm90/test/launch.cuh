@@ -12,7 +12,7 @@ __global__ void test_kernel(__grid_constant__ FwdParams const params) {
   if (threadIdx.x == 0) { *params.lse = 0.f; }
 }
 
-template <int kHeadDim, class Element, bool>
+template <int kHeadDim, class Element, class Sizes>
 struct TestFwd {
   static bool serves(FwdParams const&) { return false; }
 
