@@ -1,0 +1,75 @@
+#pragma once
+// Types of the sm90 forward kernel for one head dimension and dtype: products, shared memory, barriers.
+#include <cutlass/arch/barrier.h>
+
+#include <cute/tensor.hpp>
+
+#include "sm90/fwd/job.cuh"
+#include "sm90/tile_config.h"
+
+namespace flash::sm90 {
+using namespace cute;
+
+template <int kHeadDim_, class Element_>
+struct FwdTraits {
+  using Element                  = Element_;
+  static constexpr FwdTile kTile = fwd_tile(kHeadDim_);
+  static constexpr int kHeadDim = kHeadDim_, kGroups = kTile.groups, kBlockN = kTile.block_n;
+  static constexpr int kBlockM = kGroupRows * kGroups;
+  static constexpr int kSlots = kTile.slots, kQBuffers = kTile.q_buffers;
+  static constexpr int kGroupThreads = 128, kThreads = kGroupThreads * (1 + kGroups);
+  static constexpr int kGroupWarps = 4, kConsumerWarps = kGroupWarps * kGroups;
+
+  // Columns of a TMA box: as many as a row of the widest swizzle that divides the head dimension.
+  static constexpr int kBoxColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr bool kWide      = kBoxColumns == 64;
+  using AtomK  = std::conditional_t<kWide, GMMA::Layout_K_SW128_Atom<Element>,
+                                    GMMA::Layout_K_SW64_Atom<Element>>;
+  using AtomMn = std::conditional_t<kWide, GMMA::Layout_MN_SW128_Atom<Element>,
+                                    GMMA::Layout_MN_SW64_Atom<Element>>;
+
+  // K and V blocks share a ring of slots: the same bytes, K-major as K, MN-major as V^T.
+  using LayoutQ = decltype(tile_to_shape(AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDim>>{}));
+  using LayoutQs =
+      decltype(tile_to_shape(AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDim>, Int<kGroups>, Int<kQBuffers>>{}));
+  using LayoutK =
+      decltype(tile_to_shape(AtomK{}, Shape<Int<kBlockN>, Int<kHeadDim>, Int<kSlots>>{}));
+  using LayoutVt =
+      decltype(tile_to_shape(AtomMn{}, Shape<Int<kHeadDim>, Int<kBlockN>, Int<kSlots>>{},
+                             Step<_2, _1, _3>{}));
+  static constexpr int kQSize = kGroupRows * kHeadDim, kSlotSize = kBlockN * kHeadDim;
+  static_assert(cosize_v<LayoutQ> == kQSize && cosize_v<LayoutK> == kSlots * kSlotSize &&
+                cosize_v<LayoutVt> == kSlots * kSlotSize);
+
+  // One warpgroup's products.  S: both operands in shared memory; O: P in registers.
+  using TileS    = Shape<Int<kGroupRows>, Int<kBlockN>>;
+  using TileO    = Shape<Int<kGroupRows>, Int<kHeadDim>>;
+  using TiledMmaS =
+      decltype(make_tiled_mma(GMMA::ss_op_selector<Element, Element, float,
+                                                   Shape<Int<kGroupRows>, Int<kBlockN>, _16>,
+                                                   GMMA::Major::K, GMMA::Major::K>()));
+  using TiledMmaO =
+      decltype(make_tiled_mma(GMMA::rs_op_selector<Element, Element, float,
+                                                   Shape<Int<kGroupRows>, Int<kHeadDim>, _16>,
+                                                   GMMA::Major::K, GMMA::Major::MN>()));
+
+  // Whether a tile's first product is under way while the tile before it ends: its Q needs a buffer of its own.
+  static constexpr bool kTilesOverlap = kTile.overlaps;
+  static_assert(!kTilesOverlap || kQBuffers > 1);
+  // Tiles of which the producer has told: one that ends, one that begins, and those that are being loaded.
+  static constexpr int kJobs = 4;
+
+  struct alignas(1024) Shared {
+    Element q[kQBuffers][kGroups][kQSize];  // later O
+    Element slots[kSlots][kSlotSize];
+    uint64_t q_full[kQBuffers][kGroups], q_empty[kQBuffers][kGroups];
+    uint64_t slot_full[kSlots], slot_empty[kSlots];
+    uint64_t job_full[kJobs], job_empty[kJobs];
+    uint64_t landed;  // V blocks that the producer changes before it gives them on
+    Job jobs[kJobs];
+    bool is_job[kJobs];  // false: there are no more
+  };
+  static_assert(sizeof(Shared) <= 227 * 1024);
+};
+
+}  // namespace flash::sm90

@@ -1,0 +1,43 @@
+#pragma once
+// The tile table of the sm90 kernels.  Read by kernels, host code and tests.  Measurements: benchmarks/README.md, "Tiles".
+// Designated initialisers are C++20; gcc, clang and nvcc take them in C++17.
+#include "pieces/integers.cuh"
+
+namespace flash::sm90 {
+
+// Rows of a tile that one warpgroup owns: those of one wgmma instruction.
+constexpr int kGroupRows = 64;
+
+struct FwdTile {
+  int groups;     // consumer warpgroups
+  int block_n;    // keys of a block
+  int slots;      // of the ring that K and V blocks share
+  int q_buffers;  // 2: the next tile's Q is loaded, and this one's O stored, beside products
+  bool overlaps;  // a tile's first product runs beside the last one of the tile before
+};
+
+constexpr FwdTile fwd_tile(int head_dim) {
+  switch (head_dim) {
+    case 64:  // Three warpgroups: their softmax and their products fill each other's gaps.
+      return {.groups = 3, .block_n = 128, .slots = 8, .q_buffers = 2, .overlaps = false};
+    case 96:
+      return {.groups = 2, .block_n = 128, .slots = 7, .q_buffers = 2, .overlaps = true};
+    case 128:  // 160 and 176 keys are slower up to 8192 tokens and equal beyond.
+      return {.groups = 2, .block_n = 128, .slots = 5, .q_buffers = 2, .overlaps = true};
+    case 192:  // O takes 96 registers of a thread, S of 96 keys 48.
+      return {.groups = 2, .block_n = 96, .slots = 4, .q_buffers = 1, .overlaps = false};
+    default:  // O takes 128 registers of a thread.
+      return {.groups = 2, .block_n = 64, .slots = 5, .q_buffers = 1, .overlaps = false};
+  }
+}
+
+// 64 K registers for 128 threads of the producer's warpgroup and of each consumer.
+struct Registers {
+  int producer, consumer;
+};
+constexpr Registers registers(int groups) {
+  return groups == 3 ? Registers{.producer = 32, .consumer = 160}
+                     : Registers{.producer = 40, .consumer = 232};
+}
+
+}  // namespace flash::sm90
