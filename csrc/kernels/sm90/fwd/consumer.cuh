@@ -1,11 +1,11 @@
 #pragma once
 // A consumer warpgroup: 64 query rows of each tile, their products, softmax and output.
 //
-//   begin    S of the tile's last key block; masked, exponentiated, rounded: P
+//   begin    S of the tile's last key block: masked, exponentiated, rounded: P
 //   step     for each block before it: S of this block and O += P V of the one after it are issued together; softmax beside the second
-//   cross    the same at a tile's end: S is that of the next tile's last block; then this tile's O is stored
-//   end      O += P V, O stored, where no tile follows that could have been begun
+//   end      O += P V of the first block
 //
+// A tile's first product beside the last one of the tile before was tried: 3 to 5 % slower.
 // Warpgroups are not kept in step: one's softmax fills the tensor cores' time with the other's products by itself.
 #include "pieces/compiler.cuh"
 #include "pieces/mask.cuh"
@@ -31,26 +31,16 @@ struct Consumer {
         softmax(params_.problem.unit.scale_log2) {}
 
   CUTE_DEVICE void run() {
-    Tile next;
-    bool more = take_job(next);
-    while (more) {
-      tile = next;
+    while (take_job()) {
       clear(tOrO);
       softmax = Softmax<2>(params.problem.unit.scale_log2);
-      if (tile.sees_keys()) {
+      wait_for(smem.q_full[q.index][group], q.full_parity());
+      if (block >= first) {
         begin();
-        while (true) {
-          walk();
-          more = take_job(next);
-          if (!(Traits::kTilesOverlap && more && next.sees_keys())) { break; }
-          cross(next);
-        }
+        walk();
         end();
-      } else {
-        wait_for_q(tile);
-        store();
-        more = take_job(next);
       }
+      store();
     }
     output().release();
   }
@@ -63,16 +53,6 @@ struct Consumer {
   using TensorO   = decltype(partition_fragment_C(TiledMmaO{}, typename Traits::TileO{}));
   using TensorP   = decltype(make_tensor<Element>(as_operand_a(TensorS{}.layout())));
 
-  // A job as this warpgroup sees it, and where the producer has put it.
-  struct Tile {
-    RingPlace<Traits::kJobs> job;
-    RingPlace<Traits::kQBuffers> q;
-    int first, left_end, right_begin, block;  // of the job's key blocks; the one whose S comes next
-
-    CUTE_DEVICE bool sees_keys() const { return block >= first; }
-    CUTE_DEVICE bool needs_mask() const { return block < left_end || block >= right_begin; }
-  };
-
   FwdParams const& params;
   TmaTensor const& out_map;
   Shared& smem;
@@ -82,7 +62,10 @@ struct Consumer {
   RingPlace<Traits::kJobs> job_ring{};
   int stored_from = -1;  // Q's buffer from which an output may still be read
 
-  Tile tile;
+  // The tile: where the producer has put it; its key blocks as in BlockRange, and the one that comes next.
+  RingPlace<Traits::kJobs> job{};
+  RingPlace<Traits::kQBuffers> q{};
+  int first, left_end, right_begin, block;
   Softmax<2> softmax;
   TensorS tSrS;
   TensorP tOrP;
@@ -91,13 +74,12 @@ struct Consumer {
   // --- The main loop ------------------------------------------------------------------------------
 
   CUTE_DEVICE void begin() {
-    wait_for_q(tile);
-    int const k_slot = issue_scores(tile);
+    int const k_slot = issue_scores();
     wait_for_product<0>(tSrS);
     release_slot(k_slot);
-    if (tile.needs_mask()) { hide(tile); }
+    if (block < left_end || block >= right_begin) { hide(); }
     float shrink[2];
-    weigh(softmax, shrink);  // O is zero
+    weigh(shrink);  // O is zero
     output().release();
     round_into(tOrP, tSrS);
   }
@@ -105,27 +87,26 @@ struct Consumer {
   // The tile's other blocks, from right to left.
   CUTE_DEVICE void walk() {
     if constexpr (See::kHasRight) {
-      int const masked_end = max_of(tile.right_begin, tile.first);
-      while (tile.block > masked_end) { step(true_type{}); }
+      int const masked_end = max_of(right_begin, first);
+      while (block > masked_end) { step(true_type{}); }
     }
-    int const plain_end = max_of(tile.left_end, tile.first);
-    while (tile.block > plain_end) { step(false_type{}); }
+    int const plain_end = max_of(left_end, first);
+    while (block > plain_end) { step(false_type{}); }
     if constexpr (See::kHasLeft) {
-      while (tile.block > tile.first) { step(true_type{}); }
+      while (block > first) { step(true_type{}); }
     }
   }
 
   template <class IsMasked>
   CUTE_DEVICE void step(IsMasked) {
-    --tile.block;
-    int const k_slot = issue_scores(tile);
+    --block;
+    int const k_slot = issue_scores();
     int const v_slot = issue_values();
     wait_for_product<1>(tSrS);
     release_slot(k_slot);
-    if constexpr (IsMasked::value) { hide(tile); }
+    if constexpr (IsMasked::value) { hide(); }
     float shrink[2];
-    bool const moves = weigh(softmax, shrink);
-    if constexpr (Traits::kTilesOverlap) { output().release(); }
+    bool const moves = weigh(shrink);
     wait_for_product<0>(tOrO);
     release_slot(v_slot);
     if (moves) {
@@ -135,51 +116,28 @@ struct Consumer {
     round_into(tOrP, tSrS);
   }
 
-  // From the tile's last product to the first one of the next tile.
-  CUTE_DEVICE void cross(Tile const& next) {
-    output().release();  // A tile of one block has had no step: the next tile's Q may wait for the place.
-    wait_for_q(next);
-    int const k_slot = issue_scores(next);
-    int const v_slot = issue_values();
-    wait_for_product<1>(tSrS);
-    release_slot(k_slot);
-    if (next.needs_mask()) { hide(next); }
-    Softmax<2> next_softmax(params.problem.unit.scale_log2);
-    float shrink[2];
-    weigh(next_softmax, shrink);  // O of the next tile is zero
-    wait_for_product<0>(tOrO);
-    release_slot(v_slot);
-    round_into(tOrP, tSrS);
-    store();
-    clear(tOrO);
-    tile = next, softmax = next_softmax;
-  }
-
   CUTE_DEVICE void end() {
-    output().release();
     int const v_slot = issue_values();
     wait_for_product<0>(tOrO);
     release_slot(v_slot);
-    store();
   }
 
   // --- Its parts ----------------------------------------------------------------------------------
 
-  // S = Q K^T of the tile's block, from the next slot, which is returned.
-  CUTE_DEVICE int issue_scores(Tile const& of) {
+  // S = Q K^T of the next slot, whose number is returned.
+  CUTE_DEVICE int issue_scores() {
     TiledMmaS mma;
     auto const slice = mma.get_slice(thread);
-    auto const sQ =
-        make_tensor(make_smem_ptr(smem.q[0][0]), typename Traits::LayoutQs{})(_, _, group, uniform(of.q.index));
-    auto const sK   = make_tensor(make_smem_ptr(smem.slots[0]), typename Traits::LayoutK{});
-    auto const tSrQ = slice.make_fragment_A(slice.partition_A(sQ));
-    auto const tSrK = slice.make_fragment_B(slice.partition_B(sK));  // (.., slots)
-    int const slot = take_slot();
+    auto const sQs   = make_tensor(make_smem_ptr(smem.q[0][0]), typename Traits::LayoutQs{});
+    auto const sK    = make_tensor(make_smem_ptr(smem.slots[0]), typename Traits::LayoutK{});
+    auto const tSrQ  = slice.make_fragment_A(slice.partition_A(sQs(_, _, group, uniform(q.index))));
+    auto const tSrK  = slice.make_fragment_B(slice.partition_B(sK));  // (.., slots)
+    int const slot   = take_slot();
     issue(mma, tSrQ, tSrK(_, _, _, slot), tSrS, false);
     return slot;
   }
 
-  // O += P V, of the next slot, which is returned.
+  // O += P V of the next slot, whose number is returned.
   CUTE_DEVICE int issue_values() {
     TiledMmaO mma;
     auto const slice = mma.get_slice(thread);
@@ -190,24 +148,24 @@ struct Consumer {
     return slot;
   }
 
-  CUTE_DEVICE void hide(Tile const& of) {
-    Job const& job = smem.jobs[of.job.index];
+  CUTE_DEVICE void hide() {
+    Job const& at = smem.jobs[job.index];
     mask_scores<false, TiledMmaS, typename Traits::TileS>(
-        tSrS, job.see<kMask>(params.problem), job.row0 + group * kGroupRows,
-        of.block * Traits::kBlockN, thread);
+        tSrS, at.see<kMask>(params.problem), at.row0 + group * kGroupRows, block * Traits::kBlockN,
+        thread);
   }
 
   // S becomes P, in fp32; whether O must be multiplied by shrink.
-  CUTE_DEVICE bool weigh(Softmax<2>& of, float (&shrink)[2]) {
+  CUTE_DEVICE bool weigh(float (&shrink)[2]) {
     auto scores      = rows_of(tSrS);
-    bool const moves = of.update_references(scores, shrink);
-    of.exponentials(scores, 0, Traits::kBlockN / 4);
+    bool const moves = softmax.update_references(scores, shrink);
+    softmax.exponentials(scores, 0, Traits::kBlockN / 4);
     return moves;
   }
 
   CUTE_DEVICE void store() {
-    output().store(smem.jobs[tile.job.index], tile.q.index, tOrO, softmax);
-    if (thread % 32 == 0) { Barrier::arrive(&smem.job_empty[tile.job.index]); }
+    output().store(smem.jobs[job.index], q.index, tOrO, softmax);
+    if (thread % 32 == 0) { Barrier::arrive(&smem.job_empty[job.index]); }
   }
 
   // Addresses that follow from the thread would be spilled in the main loop: the thread is opaque.
@@ -217,29 +175,30 @@ struct Consumer {
 
   // --- Rings --------------------------------------------------------------------------------------
 
-  // The same number, known to be the same in all lanes.
-  CUTE_DEVICE static int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
-  // False if there are no more.
-  CUTE_DEVICE bool take_job(Tile& taken) {
-    auto const place = job_ring.take();
-    Barrier::wait(&smem.job_full[place.index], place.full_parity());
-    if (!uniform(smem.is_job[place.index])) { return false; }
-    BlockRange const& blocks = smem.jobs[place.index].blocks;
-    taken = {place, q_ring.take(),  uniform(blocks.first), uniform(blocks.left_end),
-             uniform(blocks.right_begin), uniform(blocks.end) - 1};
-    return true;
+  CUTE_DEVICE static void wait_for(uint64_t& barrier, uint32_t parity) {
+    Barrier::wait(&barrier, parity);
   }
 
-  CUTE_DEVICE void wait_for_q(Tile const& of) {
-    Barrier::wait(&smem.q_full[of.q.index][group], of.q.full_parity());
+  // The same number, known to be the same in all lanes: addresses of operands take no registers of a thread.
+  CUTE_DEVICE static int uniform(int number) { return __shfl_sync(~0u, number, 0); }
+
+  // False if there are no more.
+  CUTE_DEVICE bool take_job() {
+    job = job_ring.take();
+    wait_for(smem.job_full[job.index], job.full_parity());
+    if (!uniform(smem.is_job[job.index])) { return false; }
+    BlockRange const& blocks = smem.jobs[job.index].blocks;
+    first = uniform(blocks.first), left_end = uniform(blocks.left_end);
+    right_begin = uniform(blocks.right_begin), block = uniform(blocks.end) - 1;
+    q = q_ring.take();
+    return true;
   }
 
   // The next block of K or V, when it is there.
   CUTE_DEVICE int take_slot() {
     auto const slot = slot_ring.take();
     int const index = uniform(slot.index);
-    Barrier::wait(&smem.slot_full[index], slot.full_parity());
+    wait_for(smem.slot_full[index], slot.full_parity());
     return index;
   }
 

@@ -28,8 +28,6 @@ struct Producer {
   RingPlace<Traits::kSlots> slot_ring{};
   RingPlace<Traits::kJobs> job_ring{};
   uint32_t landed_parity = 0;
-  bool owes = false;
-  Job owed{};
 
   CUTE_DEVICE void run() {
     int const tiles = int(order.size());
@@ -45,7 +43,6 @@ struct Producer {
       if (lane == 0 && ticket == tiles - 1) { *counter = 0; }
       number = int(gridDim.x) + __shfl_sync(~0u, ticket, 0);
     }
-    settle();
     publish({}, false);
   }
 
@@ -54,26 +51,15 @@ struct Producer {
   CUTE_DEVICE void load(Job const& job) {
     auto const q   = q_ring.take();
     int const last = job.blocks.end - 1;
-    if (!job.sees_keys()) { settle(); }
     load_q(job, q, 0);
     if (job.sees_keys()) { load_k(job, last); }
-    settle();
     CUTE_UNROLL
     for (int group = 1; group < Traits::kGroups; ++group) { load_q(job, q, group); }
     for (int block = last; block > job.blocks.first; --block) {
       load_k(job, block - 1);
       load_v(job, block);
     }
-    if (job.sees_keys()) {
-      owes = true, owed = job;
-      if constexpr (!Traits::kTilesOverlap) { settle(); }
-    }
-  }
-
-  // V of a tile's first block: where tiles overlap, it is needed after the next tile's first K.
-  CUTE_DEVICE void settle() {
-    if (owes) { load_v(owed, owed.blocks.first); }
-    owes = false;
+    if (job.sees_keys()) { load_v(job, job.blocks.first); }
   }
 
   CUTE_DEVICE void load_q(Job const& job, RingPlace<Traits::kQBuffers> const& place, int group) {

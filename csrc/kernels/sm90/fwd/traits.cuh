@@ -53,10 +53,7 @@ struct FwdTraits {
                                                    Shape<Int<kGroupRows>, Int<kHeadDim>, _16>,
                                                    GMMA::Major::K, GMMA::Major::MN>()));
 
-  // Whether a tile's first product is under way while the tile before it ends: its Q needs a buffer of its own.
-  static constexpr bool kTilesOverlap = kTile.overlaps;
-  static_assert(!kTilesOverlap || kQBuffers > 1);
-  // Tiles of which the producer has told: one that ends, one that begins, and those that are being loaded.
+  // Tiles of which the producer has told: more than the other rings let it run ahead.
   static constexpr int kJobs = 4;
 
   struct alignas(1024) Shared {
