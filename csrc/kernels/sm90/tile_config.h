@@ -11,22 +11,22 @@ constexpr int kGroupRows = 64;
 struct FwdTile {
   int groups;     // consumer warpgroups
   int block_n;    // keys of a block
-  int slots;      // of the ring that K and V blocks share
+  int stages;      // of the ring that K and V blocks share
   int q_buffers;  // 2: the next tile's Q is loaded, and this one's O stored, beside products
 };
 
 constexpr FwdTile fwd_tile(int head_dim) {
   switch (head_dim) {
     case 64:  // Three warpgroups: their softmax and their products fill each other's gaps.
-      return {.groups = 3, .block_n = 128, .slots = 8, .q_buffers = 2};
+      return {.groups = 3, .block_n = 128, .stages = 8, .q_buffers = 2};
     case 96:
-      return {.groups = 2, .block_n = 128, .slots = 7, .q_buffers = 2};
+      return {.groups = 2, .block_n = 128, .stages = 7, .q_buffers = 2};
     case 128:  // 160 and 176 keys are slower up to 8192 tokens and equal beyond.
-      return {.groups = 2, .block_n = 128, .slots = 5, .q_buffers = 2};
+      return {.groups = 2, .block_n = 128, .stages = 5, .q_buffers = 2};
     case 192:  // O takes 96 registers of a thread, S of 96 keys 48.
-      return {.groups = 2, .block_n = 96, .slots = 4, .q_buffers = 1};
+      return {.groups = 2, .block_n = 96, .stages = 4, .q_buffers = 1};
     default:  // O takes 128 registers of a thread.
-      return {.groups = 2, .block_n = 64, .slots = 5, .q_buffers = 1};
+      return {.groups = 2, .block_n = 64, .stages = 5, .q_buffers = 1};
   }
 }
 

@@ -58,7 +58,7 @@ struct Consumer {
   Shared& smem;
   int group, thread;  // thread: in the warpgroup
   RingPlace<Traits::kQBuffers> q_ring{};
-  RingPlace<Traits::kSlots> slot_ring{};
+  RingPlace<Traits::kStages> stage_ring{};
   RingPlace<Traits::kJobs> job_ring{};
   int stored_from = -1;  // Q's buffer from which an output may still be read
 
@@ -74,9 +74,9 @@ struct Consumer {
   // --- The main loop ------------------------------------------------------------------------------
 
   CUTE_DEVICE void begin() {
-    int const k_slot = issue_scores();
+    int const k_stage = issue_scores();
     wait_for_product<0>(tSrS);
-    release_slot(k_slot);
+    release_stage(k_stage);
     if (block < left_end || block >= right_begin) { hide(); }
     float shrink[2];
     weigh(shrink);  // O is zero
@@ -100,15 +100,15 @@ struct Consumer {
   template <class IsMasked>
   CUTE_DEVICE void step(IsMasked) {
     --block;
-    int const k_slot = issue_scores();
-    int const v_slot = issue_values();
+    int const k_stage = issue_scores();
+    int const v_stage = issue_values();
     wait_for_product<1>(tSrS);
-    release_slot(k_slot);
+    release_stage(k_stage);
     if constexpr (IsMasked::value) { hide(); }
     float shrink[2];
     bool const moves = weigh(shrink);
     wait_for_product<0>(tOrO);
-    release_slot(v_slot);
+    release_stage(v_stage);
     if (moves) {
       auto o_rows = rows_of(tOrO);
       multiply_rows(o_rows, shrink);
@@ -117,35 +117,35 @@ struct Consumer {
   }
 
   CUTE_DEVICE void end() {
-    int const v_slot = issue_values();
+    int const v_stage = issue_values();
     wait_for_product<0>(tOrO);
-    release_slot(v_slot);
+    release_stage(v_stage);
   }
 
   // --- Its parts ----------------------------------------------------------------------------------
 
-  // S = Q K^T of the next slot, whose number is returned.
+  // S = Q K^T of the next stage, whose number is returned.
   CUTE_DEVICE int issue_scores() {
     TiledMmaS mma;
     auto const slice = mma.get_slice(thread);
     auto const sQs   = make_tensor(make_smem_ptr(smem.q[0][0]), typename Traits::LayoutQs{});
-    auto const sK    = make_tensor(make_smem_ptr(smem.slots[0]), typename Traits::LayoutK{});
+    auto const sK    = make_tensor(make_smem_ptr(smem.stages[0]), typename Traits::LayoutK{});
     auto const tSrQ  = slice.make_fragment_A(slice.partition_A(sQs(_, _, group, uniform(q.index))));
-    auto const tSrK  = slice.make_fragment_B(slice.partition_B(sK));  // (.., slots)
-    int const slot   = take_slot();
-    issue(mma, tSrQ, tSrK(_, _, _, slot), tSrS, false);
-    return slot;
+    auto const tSrK  = slice.make_fragment_B(slice.partition_B(sK));  // (.., stages)
+    int const stage   = take_stage();
+    issue(mma, tSrQ, tSrK(_, _, _, stage), tSrS, false);
+    return stage;
   }
 
-  // O += P V of the next slot, whose number is returned.
+  // O += P V of the next stage, whose number is returned.
   CUTE_DEVICE int issue_values() {
     TiledMmaO mma;
     auto const slice = mma.get_slice(thread);
-    auto const sVt   = make_tensor(make_smem_ptr(smem.slots[0]), typename Traits::LayoutVt{});
-    auto const tOrV  = slice.make_fragment_B(slice.partition_B(sVt));  // (.., slots)
-    int const slot   = take_slot();
-    issue(mma, tOrP, tOrV(_, _, _, slot), tOrO, true);
-    return slot;
+    auto const sVt   = make_tensor(make_smem_ptr(smem.stages[0]), typename Traits::LayoutVt{});
+    auto const tOrV  = slice.make_fragment_B(slice.partition_B(sVt));  // (.., stages)
+    int const stage   = take_stage();
+    issue(mma, tOrP, tOrV(_, _, _, stage), tOrO, true);
+    return stage;
   }
 
   CUTE_DEVICE void hide() {
@@ -195,16 +195,16 @@ struct Consumer {
   }
 
   // The next block of K or V, when it is there.
-  CUTE_DEVICE int take_slot() {
-    auto const slot = slot_ring.take();
-    int const index = uniform(slot.index);
-    wait_for(smem.slot_full[index], slot.full_parity());
+  CUTE_DEVICE int take_stage() {
+    auto const stage = stage_ring.take();
+    int const index = uniform(stage.index);
+    wait_for(smem.stage_full[index], stage.full_parity());
     return index;
   }
 
   // This warp has read it.
-  CUTE_DEVICE void release_slot(int slot) {
-    if (thread % 32 == 0) { Barrier::arrive(&smem.slot_empty[slot]); }
+  CUTE_DEVICE void release_stage(int stage) {
+    if (thread % 32 == 0) { Barrier::arrive(&smem.stage_empty[stage]); }
   }
 };
 

@@ -16,9 +16,9 @@ CUTE_DEVICE void init_barriers(typename Traits::Shared& smem) {
       ClusterBarrier::init(&smem.q_full[b][g], 1), ClusterBarrier::init(&smem.q_empty[b][g], 1);
     }
   }
-  for (int s = 0; s < Traits::kSlots; ++s) {
-    ClusterBarrier::init(&smem.slot_full[s], 1);
-    ClusterBarrier::init(&smem.slot_empty[s], Traits::kConsumerWarps);
+  for (int s = 0; s < Traits::kStages; ++s) {
+    ClusterBarrier::init(&smem.stage_full[s], 1);
+    ClusterBarrier::init(&smem.stage_empty[s], Traits::kConsumerWarps);
   }
   for (int j = 0; j < Traits::kJobs; ++j) {
     ClusterBarrier::init(&smem.job_full[j], 1);

@@ -4,6 +4,7 @@
 #include "pieces/launch.cuh"
 #include "pieces/level.h"
 #include "pieces/query_order.h"
+#include "pieces/smem_size.h"
 #include "sm90/fwd/kernel.cuh"
 
 namespace flash::sm90 {
@@ -48,8 +49,8 @@ cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, int* count
   return launch_kernel(kernel, launch, params, order, maps, counter);
 }
 
-// The functions of a unit.
-template <int kHeadDim, class Element, bool>
+// The functions of a unit.  Its one tile is for sm_90's shared memory.
+template <int kHeadDim, class Element, class>
 struct Fwd {
   using Traits = FwdTraits<kHeadDim, Element>;
 

@@ -25,7 +25,7 @@ struct Producer {
   int* counter;  // of all thread blocks' tiles after their first ones; 0 before the launch and after it
   int lane;
   RingPlace<Traits::kQBuffers> q_ring{};
-  RingPlace<Traits::kSlots> slot_ring{};
+  RingPlace<Traits::kStages> stage_ring{};
   RingPlace<Traits::kJobs> job_ring{};
   uint32_t landed_parity = 0;
 
@@ -75,41 +75,41 @@ struct Producer {
   }
 
   CUTE_DEVICE void load_k(Job const& job, int block) {
-    auto const slot = free_slot();
-    if (lane == 0) { load_block(maps.k, job, block, slot.index, &smem.slot_full[slot.index]); }
+    auto const stage = free_stage();
+    if (lane == 0) { load_block(maps.k, job, block, stage.index, &smem.stage_full[stage.index]); }
   }
 
   CUTE_DEVICE void load_v(Job const& job, int block) {
-    auto const slot = free_slot();
+    auto const stage = free_stage();
     // Rows of other sequences, or that no query sees, would reach O as 0 * NaN.
     int const row0  = block * Traits::kBlockN;
     int const begin = kMask == MaskKind::kLocal ? job.see<kMask>(problem).first_seen() - row0 : 0;
     int const end   = problem.cu_seqlens_q ? job.site.seqlen_k - row0 : Traits::kBlockN;
     if (begin <= 0 && end >= Traits::kBlockN) {
-      if (lane == 0) { load_block(maps.v, job, block, slot.index, &smem.slot_full[slot.index]); }
+      if (lane == 0) { load_block(maps.v, job, block, stage.index, &smem.stage_full[stage.index]); }
     } else {
-      if (lane == 0) { load_block(maps.v, job, block, slot.index, &smem.landed); }
+      if (lane == 0) { load_block(maps.v, job, block, stage.index, &smem.landed); }
       Full::wait(&smem.landed, landed_parity);
       landed_parity ^= 1;
-      clear_rows(smem.slots[slot.index], 0, begin);
-      clear_rows(smem.slots[slot.index], max_of(end, 0), Traits::kBlockN);
+      clear_rows(smem.stages[stage.index], 0, begin);
+      clear_rows(smem.stages[stage.index], max_of(end, 0), Traits::kBlockN);
       cutlass::arch::fence_view_async_shared();  // PROTECTS: the products read the zeros.
       __syncwarp();
-      if (lane == 0) { Full::arrive(&smem.slot_full[slot.index]); }
+      if (lane == 0) { Full::arrive(&smem.stage_full[stage.index]); }
     }
   }
 
-  CUTE_DEVICE RingPlace<Traits::kSlots> free_slot() {
-    auto const slot = slot_ring.take();
-    Empty::wait(&smem.slot_empty[slot.index], slot.empty_parity());
-    return slot;
+  CUTE_DEVICE RingPlace<Traits::kStages> free_stage() {
+    auto const stage = stage_ring.take();
+    Empty::wait(&smem.stage_empty[stage.index], stage.empty_parity());
+    return stage;
   }
 
-  CUTE_DEVICE void load_block(TmaTensor const& tensor, Job const& job, int block, int slot,
+  CUTE_DEVICE void load_block(TmaTensor const& tensor, Job const& job, int block, int stage,
                               uint64_t* full) {
-    Full::arrive_and_expect_tx(full, Traits::kSlotSize * sizeof(Element));
+    Full::arrive_and_expect_tx(full, Traits::kStageSize * sizeof(Element));
     load_tile<Traits::kHeadDim, Traits::kBlockN, Traits::kBoxColumns>(
-        tensor, full, smem.slots[slot], job.site.k_row0 + block * Traits::kBlockN, job.head_kv,
+        tensor, full, smem.stages[stage], job.site.k_row0 + block * Traits::kBlockN, job.head_kv,
         job.site.batch);
   }
 

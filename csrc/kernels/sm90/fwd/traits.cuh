@@ -16,7 +16,7 @@ struct FwdTraits {
   static constexpr FwdTile kTile = fwd_tile(kHeadDim_);
   static constexpr int kHeadDim = kHeadDim_, kGroups = kTile.groups, kBlockN = kTile.block_n;
   static constexpr int kBlockM = kGroupRows * kGroups;
-  static constexpr int kSlots = kTile.slots, kQBuffers = kTile.q_buffers;
+  static constexpr int kStages = kTile.stages, kQBuffers = kTile.q_buffers;
   static constexpr int kGroupThreads = 128, kThreads = kGroupThreads * (1 + kGroups);
   static constexpr int kGroupWarps = 4, kConsumerWarps = kGroupWarps * kGroups;
 
@@ -28,18 +28,18 @@ struct FwdTraits {
   using AtomMn = std::conditional_t<kWide, GMMA::Layout_MN_SW128_Atom<Element>,
                                     GMMA::Layout_MN_SW64_Atom<Element>>;
 
-  // K and V blocks share a ring of slots: the same bytes, K-major as K, MN-major as V^T.
+  // K and V blocks share a ring of stages: the same bytes, K-major as K, MN-major as V^T.
   using LayoutQ = decltype(tile_to_shape(AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDim>>{}));
   using LayoutQs =
       decltype(tile_to_shape(AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDim>, Int<kGroups>, Int<kQBuffers>>{}));
   using LayoutK =
-      decltype(tile_to_shape(AtomK{}, Shape<Int<kBlockN>, Int<kHeadDim>, Int<kSlots>>{}));
+      decltype(tile_to_shape(AtomK{}, Shape<Int<kBlockN>, Int<kHeadDim>, Int<kStages>>{}));
   using LayoutVt =
-      decltype(tile_to_shape(AtomMn{}, Shape<Int<kHeadDim>, Int<kBlockN>, Int<kSlots>>{},
+      decltype(tile_to_shape(AtomMn{}, Shape<Int<kHeadDim>, Int<kBlockN>, Int<kStages>>{},
                              Step<_2, _1, _3>{}));
-  static constexpr int kQSize = kGroupRows * kHeadDim, kSlotSize = kBlockN * kHeadDim;
-  static_assert(cosize_v<LayoutQ> == kQSize && cosize_v<LayoutK> == kSlots * kSlotSize &&
-                cosize_v<LayoutVt> == kSlots * kSlotSize);
+  static constexpr int kQSize = kGroupRows * kHeadDim, kStageSize = kBlockN * kHeadDim;
+  static_assert(cosize_v<LayoutQ> == kQSize && cosize_v<LayoutK> == kStages * kStageSize &&
+                cosize_v<LayoutVt> == kStages * kStageSize);
 
   // One warpgroup's products.  S: both operands in shared memory; O: P in registers.
   using TileS    = Shape<Int<kGroupRows>, Int<kBlockN>>;
@@ -58,9 +58,9 @@ struct FwdTraits {
 
   struct alignas(1024) Shared {
     Element q[kQBuffers][kGroups][kQSize];  // later O
-    Element slots[kSlots][kSlotSize];
+    Element stages[kStages][kStageSize];
     uint64_t q_full[kQBuffers][kGroups], q_empty[kQBuffers][kGroups];
-    uint64_t slot_full[kSlots], slot_empty[kSlots];
+    uint64_t stage_full[kStages], stage_empty[kStages];
     uint64_t job_full[kJobs], job_empty[kJobs];
     uint64_t landed;  // V blocks that the producer changes before it gives them on
     Job jobs[kJobs];
