@@ -2,7 +2,7 @@
 // The seam: everything torch knows about the kernels and everything the kernels know about torch.
 // Plain data without ownership.  Strides are in elements; the head dimension is contiguous.  A null pointer means "feature absent".
 // A pass is fwd, decode, bwd or kv_update; an isa (sm80, sm90) is the least instruction set that a kernel needs.
-// Invariant: no launch synchronises, prints or throws, and none allocates, but for the counters that a stream's first decoding takes.
+// Invariant: no launch synchronises, prints or throws, and none allocates, but for the counters that a stream's first calls take.
 #include <cuda_runtime_api.h>
 
 #include <cstdint>

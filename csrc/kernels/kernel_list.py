@@ -14,7 +14,9 @@ from dataclasses import dataclass
 HEAD_DIMS: tuple[int, ...] = (32, 64, 96, 128, 192, 256)
 DTYPES: tuple[str, ...] = ("fp16", "bf16")
 # The passes of each isa, the newest isa first: the first kernel that serves a call is taken.
-PASSES: dict[str, tuple[str, ...]] = {"sm90": (), "sm80": ("fwd", "bwd", "decode")}
+PASSES: dict[str, tuple[str, ...]] = {"sm90": ("fwd",), "sm80": ("fwd", "bwd", "decode")}
+# Head dimensions of isas that do not have all: the others stay with the next isa.
+ONLY_HEAD_DIMS: dict[str, tuple[int, ...]] = {"sm90": (64, 96, 128, 192, 256)}
 # Architectures for which an isa's kernels are compiled.  Those of isas that are not here are
 # compiled for every architecture of a build.
 ONLY_FOR: dict[str, tuple[int, ...]] = {"sm90": (90,)}
@@ -88,7 +90,7 @@ def units(
         Unit(isa, pass_name, head_dim, dtype)
         for isa, passes in PASSES.items()
         for pass_name in passes
-        for head_dim in HEAD_DIMS
+        for head_dim in ONLY_HEAD_DIMS.get(isa, HEAD_DIMS)
         for dtype in DTYPES
     ]
     found += [TEST_UNIT] if test_units else []

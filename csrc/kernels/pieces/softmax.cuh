@@ -60,6 +60,26 @@ struct Softmax {
     }
   }
 
+  // The references of this block of scores (rows, columns), while O is still being added to: whether O must follow, by the factors shrink.
+  template <class TensorS>
+  CUTE_DEVICE bool update_references(TensorS& scores, float (&shrink)[kRows]) {
+    float row_max[kRows];
+    bool moves = false;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      row_max[r] = scores(r, 0);
+      CUTE_UNROLL
+      for (int c = 1; c < size<1>(scores); ++c) { row_max[r] = fmaxf(row_max[r], scores(r, c)); }
+      row_max[r] = quad_max(row_max[r]);
+      offset[r]  = row_ref[r] * scale_log2;
+      moves |= fmaf(row_max[r], scale_log2, -offset[r]) > kLazyRescaleLog2 ||
+               fabsf(offset[r]) > kLargeLog2;
+    }
+    bool const any_moves = __any_sync(~0u, moves);
+    if (any_moves) { move_references<0>(scores, row_max, shrink); }
+    return any_moves;
+  }
+
   // Column c of the scores of rows kFirst and following becomes P.
   template <int kFirst = 0, class TensorS>
   CUTE_DEVICE void exponentials(TensorS& scores, int c) {

@@ -1,0 +1,40 @@
+#pragma once
+// A tile of the forward pass as the producer tells the consumers of it: its rows, its head, the key blocks that it visits.
+// Used by: fwd/producer, fwd/consumer, fwd/epilogue.
+#include "pieces/sequence.cuh"
+#include "pieces/tile_order.cuh"
+#include "pieces/visibility.cuh"
+
+namespace flash::sm90 {
+
+struct Job {
+  Site site;
+  int head, head_kv;
+  int row0;  // of the sequence: the tile's first one
+  BlockRange blocks;
+
+  FLASH_HD bool sees_keys() const { return blocks.first < blocks.end; }
+  template <MaskKind kMask>
+  FLASH_HD Visibility<kMask> see(Problem const& problem) const {
+    return {site.seqlen_q, site.seqlen_k, problem.window_left, problem.window_right};
+  }
+};
+
+#ifdef __CUDACC__
+// False if the tile has no rows.  Called by a whole warp.
+template <MaskKind kMask, int kBlockM, int kBlockN>
+__device__ __forceinline__ bool find_job(Problem const& problem, TileOrder const& order, int number,
+                                         Job& job) {
+  TileCoord const tile = order.coord(number);
+  job.site = problem.cu_seqlens_q ? find_site<false>(problem, tile.block, kBlockM)
+                                  : dense_site(problem, tile.batch, tile.block);
+  job.row0 = job.site.block * kBlockM;
+  if (job.row0 >= job.site.seqlen_q) { return false; }
+  job.head    = tile.head;
+  job.head_kv = int(order.by_sharing.divide(uint32_t(tile.head)));
+  job.blocks  = key_blocks<kBlockM, kBlockN>(job.see<kMask>(problem), job.site.block);
+  return true;
+}
+#endif
+
+}  // namespace flash::sm90
