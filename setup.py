@@ -10,7 +10,7 @@ Environment variables
     FLASH_ATTN_SKIP_CUDA_BUILD    1: the Python package and the CPU backend only
     FLASH_ATTN_BUILD_WITHOUT_GPU  0: the same where no GPU is visible and FLASH_ATTN_CUDA_ARCHS names
                                   no target; default: 1, in the Makefile 0
-    MAX_JOBS                      compilers at once; default: min(cores, free memory / 5 GB; 2 GB more
+    MAX_JOBS                      compilers at once; default: min(cores, free memory / 5 GB; 1.5 GB more
                                   for each further size of FLASH_ATTN_SMEM_KB)
     CUTLASS_PATH                  a CUTLASS (4.2 or later) on disk; default: the pinned wheel, downloaded once
     CUDA_HOME, CUDA_PATH          the CUDA toolkit; default: that of nvcc on PATH

@@ -28,7 +28,7 @@ MINIMUM_ARCH = 80
 # Peak of one kernel unit's compilation (benchmarks/bench_build.py), with room; more for each further
 # size of shared memory that it has tiles for.
 BYTES_PER_JOB = 5 * 10**9
-BYTES_PER_SIZE = 2 * 10**9
+BYTES_PER_SIZE = 15 * 10**8
 # peak of one kernel unit's compilation (benchmarks/bench_build.py), with room
 
 # Headers that torch's CUDA headers include and that a small toolkit may lack.

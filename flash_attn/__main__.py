@@ -169,6 +169,8 @@ def report() -> str:
         lines += [f"    {row}" for row in _kernels(info)]
         if info["isa"]:
             lines.append(f"  FLASH_ATTN_ISA={info['isa']}: kernels of other isas are not used")
+        if limit := os.environ.get("FLASH_ATTN_TEST_SMEM_KB"):
+            lines.append(f"  FLASH_ATTN_TEST_SMEM_KB={limit}: tiles for no more shared memory")
         if "decode" in _passes(info):
             lines.append(f"  {BESIDE_DECODING}: csrc/kernels/common, every head_dim")
     missing = missing_pieces(info, torch.version.cuda, gpus, _has_nvcc(), allowed)

@@ -1054,7 +1054,9 @@ def test_report_says_which_tiles_a_gpu_gets(
     extension = SimpleNamespace(build_info=lambda: info, smem_kb=lambda index: allowed)
     monkeypatch.setattr(flash_main._ops, "extension", extension)
     monkeypatch.setattr(flash_main, "_gpus", lambda: [("L4", (8, 9))])
+    monkeypatch.setenv("FLASH_ATTN_TEST_SMEM_KB", "99")
     report = flash_main.report()
+    assert "FLASH_ATTN_TEST_SMEM_KB=99: tiles for no more" in report
     assert f"{allowed} KB of shared memory per thread block: {words}" in report
     assert ("tiles for the 99 KB" in report) == ("not fit" in words)
     assert f"tiles for {', '.join(map(str, built))} KB of shared memory; CUDA" in report
