@@ -132,7 +132,7 @@ struct Consumer {
     auto const sK    = make_tensor(make_smem_ptr(smem.stages[0]), typename Traits::LayoutK{});
     auto const tSrQ  = slice.make_fragment_A(slice.partition_A(sQs(_, _, group, uniform(q.index))));
     auto const tSrK  = slice.make_fragment_B(slice.partition_B(sK));  // (.., stages)
-    int const stage   = take_stage();
+    int const stage  = take_stage();
     issue(mma, tSrQ, tSrK(_, _, _, stage), tSrS, false);
     return stage;
   }
@@ -143,16 +143,16 @@ struct Consumer {
     auto const slice = mma.get_slice(thread);
     auto const sVt   = make_tensor(make_smem_ptr(smem.stages[0]), typename Traits::LayoutVt{});
     auto const tOrV  = slice.make_fragment_B(slice.partition_B(sVt));  // (.., stages)
-    int const stage   = take_stage();
+    int const stage  = take_stage();
     issue(mma, tOrP, tOrV(_, _, _, stage), tOrO, true);
     return stage;
   }
 
   CUTE_DEVICE void hide() {
     Job const& at = smem.jobs[job.index];
-    mask_scores<false, TiledMmaS, typename Traits::TileS>(
-        tSrS, at.see<kMask>(params.problem), at.row0 + group * kGroupRows, block * Traits::kBlockN,
-        thread);
+    mask_scores<false, TiledMmaS, typename Traits::TileS>(tSrS, at.see<kMask>(params.problem),
+                                                          at.row0 + group * kGroupRows,
+                                                          block * Traits::kBlockN, thread);
   }
 
   // S becomes P, in fp32; whether O must be multiplied by shrink.
@@ -197,7 +197,7 @@ struct Consumer {
   // The next block of K or V, when it is there.
   CUTE_DEVICE int take_stage() {
     auto const stage = stage_ring.take();
-    int const index = uniform(stage.index);
+    int const index  = uniform(stage.index);
     wait_for(smem.stage_full[index], stage.full_parity());
     return index;
   }
