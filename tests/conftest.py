@@ -63,6 +63,12 @@ def pin_isa() -> Iterator[Callable[[str], None]]:
 
 
 @pytest.fixture
+def pinned_to_sm90(pin_isa: Callable[[str], None]) -> None:
+    """CUDA calls take sm90's kernels, or are errors."""
+    pin_isa("sm90")
+
+
+@pytest.fixture
 def limit_smem() -> Iterator[Callable[[int], None]]:
     """Lowers the shared memory of thread blocks until the test ends: limit_smem(99)."""
     extension = pytest.importorskip("flash_attn_2_cuda")

@@ -86,6 +86,7 @@ def run(program: Path, *arguments: str, **env: str) -> str:
     [
         *("check_visibility", "check_tile_order", "check_shares", "check_split"),
         *("check_kv_cache", "check_level", "check_dropout", "check_choose", "check_decode_plan"),
+        *("check_ring", "check_tile_counter"),
     ],
 )
 def test_integer_piece(name: str, tmp_path: Path) -> None:

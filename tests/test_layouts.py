@@ -179,7 +179,12 @@ def test_heads_expanded_with_stride_0(device: str, case: AttnCase) -> None:
 
 
 @shapes
-def test_sequence_expanded_with_stride_0(device: str, case: AttnCase) -> None:
+def test_sequence_expanded_with_stride_0(
+    device: str, case: AttnCase, request: pytest.FixtureRequest
+) -> None:
+    """On sm80's kernels, to which rows of stride 0 fall: others would differ in the last bits."""
+    if device == "cuda":
+        request.getfixturevalue("pin_isa")("sm80")
     x = make_inputs(case, device)
     x.k = x.k[:, :1].expand(-1, case.seqlen_k, -1, -1)
     x.dout = x.dout[:, :1].expand(-1, case.seqlen_q, -1, -1)

@@ -11,7 +11,7 @@ constexpr int kGroupRows = 64;
 struct FwdTile {
   int groups;     // consumer warpgroups
   int block_n;    // keys of a block
-  int stages;      // of the ring that K and V blocks share
+  int stages;     // of the ring that K and V blocks share
   int q_buffers;  // 2: the next tile's Q is loaded, and this one's O stored, beside products
 };
 

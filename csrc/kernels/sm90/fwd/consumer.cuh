@@ -136,7 +136,7 @@ struct Consumer {
     auto const sK    = make_tensor(make_smem_ptr(smem.stages[0]), typename Traits::LayoutK{});
     auto const tSrQ  = slice.make_fragment_A(slice.partition_A(sQs(_, _, group, q.index)));
     auto const tSrK  = slice.make_fragment_B(slice.partition_B(sK));  // (.., stages)
-    int const stage   = take_stage();
+    int const stage  = take_stage();
     issue(mma, tSrQ, tSrK(_, _, _, stage), tSrS, false);
     return stage;
   }
@@ -147,16 +147,16 @@ struct Consumer {
     auto const slice = mma.get_slice(thread);
     auto const sVt   = make_tensor(make_smem_ptr(smem.stages[0]), typename Traits::LayoutVt{});
     auto const tOrV  = slice.make_fragment_B(slice.partition_B(sVt));  // (.., stages)
-    int const stage   = take_stage();
+    int const stage  = take_stage();
     issue(mma, tOrP, tOrV(_, _, _, stage), tOrO, true);
     return stage;
   }
 
   CUTE_DEVICE void hide() {
     Job const& at = smem.jobs[job.index];
-    mask_scores<false, TiledMmaS, typename Traits::TileS>(
-        tSrS, at.see<kMask>(params.problem), at.row0 + group * kGroupRows, block * Traits::kBlockN,
-        thread);
+    mask_scores<false, TiledMmaS, typename Traits::TileS>(tSrS, at.see<kMask>(params.problem),
+                                                          at.row0 + group * kGroupRows,
+                                                          block * Traits::kBlockN, thread);
   }
 
   // S becomes P, in fp32; whether O must be multiplied by shrink.

@@ -48,11 +48,11 @@ struct FwdOutput {
     int const row0 = job.row0 + group * kGroupRows, rows = job.site.seqlen_q - row0;
     store_lse(job, row0, rows, lse);
     sync_group();  // PROTECTS: no warp's product still reads Q.
-    using TiledMma   = typename Traits::TiledMmaO;
-    auto const copy_ = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, TiledMma{});
-    auto const slice = copy_.get_slice(thread);
+    using TiledMma      = typename Traits::TiledMmaO;
+    auto const copy_    = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, TiledMma{});
+    auto const slice    = copy_.get_slice(thread);
     Element* const tile = smem.q[q_buffer][group];
-    auto sO = make_tensor(make_smem_ptr(tile), typename Traits::LayoutQ{});
+    auto sO             = make_tensor(make_smem_ptr(tile), typename Traits::LayoutQ{});
     copy(copy_, slice.retile_S(rounded), slice.partition_D(sO));
     stored_from = q_buffer;
     // TMA clips at the tensor's end, not at a sequence's.
@@ -92,7 +92,7 @@ struct FwdOutput {
     Problem const& problem = params.problem;
     int const row          = thread / 32 * 16 + thread % 32 / 4;
     float* const place     = params.lse + job.site.batch * problem.lse_batch_stride +
-                         job.head * problem.lse_head_stride + job.site.q_row0 + row0 + row;
+                             job.head * problem.lse_head_stride + job.site.q_row0 + row0 + row;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (thread % 4 == 0 && row + 8 * r < rows) { place[8 * r] = lse[r]; }

@@ -26,9 +26,9 @@ template <MaskKind kMask, int kBlockM, int kBlockN>
 __device__ __forceinline__ bool find_job(Problem const& problem, TileOrder const& order, int number,
                                          Job& job) {
   TileCoord const tile = order.coord(number);
-  job.site = problem.cu_seqlens_q ? find_site<false>(problem, tile.block, kBlockM)
-                                  : dense_site(problem, tile.batch, tile.block);
-  job.row0 = job.site.block * kBlockM;
+  job.site             = problem.cu_seqlens_q ? find_site<false>(problem, tile.block, kBlockM)
+                                              : dense_site(problem, tile.batch, tile.block);
+  job.row0             = job.site.block * kBlockM;
   if (job.row0 >= job.site.seqlen_q) { return false; }
   job.head    = tile.head;
   job.head_kv = int(order.by_sharing.divide(uint32_t(tile.head)));

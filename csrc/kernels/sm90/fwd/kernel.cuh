@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     fwd_kernel(__grid_constant__ FwdParams const params, __grid_constant__ TileOrder const order,
                __grid_constant__ FwdMaps const maps, int* counter) {
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
-  auto& smem = *reinterpret_cast<typename Traits::Shared*>(smem_bytes);
+  auto& smem                     = *reinterpret_cast<typename Traits::Shared*>(smem_bytes);
   constexpr Registers kRegisters = registers(Traits::kGroups);
   int const warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);  // known to be the same in all lanes
   if (threadIdx.x == 0) { init_barriers<Traits>(smem); }

@@ -59,8 +59,7 @@ struct Fwd {
     Problem const& problem = params.problem;
     FwdSizes const sizes(problem);
     return level_of(problem) == Level::kPlain && sizes.rows_q > 0 && sizes.rows_k > 0 &&
-           problem.batch > 0 &&
-           fits_tma(params.q, sizes.rows_q, problem.heads_q, sizes.batch) &&
+           problem.batch > 0 && fits_tma(params.q, sizes.rows_q, problem.heads_q, sizes.batch) &&
            fits_tma(params.out, sizes.rows_q, problem.heads_q, sizes.batch) &&
            fits_tma(params.k, sizes.rows_k, problem.heads_kv, sizes.batch) &&
            fits_tma(params.v, sizes.rows_k, problem.heads_kv, sizes.batch);
@@ -74,9 +73,12 @@ struct Fwd {
       return launch_fwd_kernel<Traits>(params, kernel, scratch.counters, stream);
     };
     switch (params.problem.mask) {
-      case MaskKind::kNone: return run(&fwd_kernel<Traits, MaskKind::kNone>);
-      case MaskKind::kCausal: return run(&fwd_kernel<Traits, MaskKind::kCausal>);
-      case MaskKind::kLocal: return run(&fwd_kernel<Traits, MaskKind::kLocal>);
+      case MaskKind::kNone:
+        return run(&fwd_kernel<Traits, MaskKind::kNone>);
+      case MaskKind::kCausal:
+        return run(&fwd_kernel<Traits, MaskKind::kCausal>);
+      case MaskKind::kLocal:
+        return run(&fwd_kernel<Traits, MaskKind::kLocal>);
     }
     return cudaErrorInvalidValue;
   }

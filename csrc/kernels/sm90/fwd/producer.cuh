@@ -22,7 +22,8 @@ struct Producer {
   TileOrder const& order;
   FwdMaps const& maps;
   Shared& smem;
-  int* counter;  // of all thread blocks' tiles after their first ones; 0 before the launch and after it
+  int*
+      counter;  // of all thread blocks' tiles after their first ones; 0 before the launch and after it
   int lane;
   RingPlace<Traits::kQBuffers> q_ring{};
   RingPlace<Traits::kStages> stage_ring{};
@@ -67,8 +68,7 @@ struct Producer {
     if (lane == 0) {
       uint64_t* const full = &smem.q_full[place.index][group];
       Full::arrive_and_expect_tx(full, Traits::kQSize * sizeof(Element));
-      int const row =
-          job.site.q_row0 + job.row0 + group * kGroupRows;
+      int const row = job.site.q_row0 + job.row0 + group * kGroupRows;
       load_tile<Traits::kHeadDim, kGroupRows, Traits::kBoxColumns>(
           maps.q, full, smem.q[place.index][group], row, job.head, job.site.batch);
     }

@@ -23,35 +23,32 @@ struct FwdTraits {
   // Columns of a TMA box: as many as a row of the widest swizzle that divides the head dimension.
   static constexpr int kBoxColumns = kHeadDim % 64 == 0 ? 64 : 32;
   static constexpr bool kWide      = kBoxColumns == 64;
-  using AtomK  = std::conditional_t<kWide, GMMA::Layout_K_SW128_Atom<Element>,
-                                    GMMA::Layout_K_SW64_Atom<Element>>;
-  using AtomMn = std::conditional_t<kWide, GMMA::Layout_MN_SW128_Atom<Element>,
-                                    GMMA::Layout_MN_SW64_Atom<Element>>;
+  using AtomK                      = std::conditional_t<kWide, GMMA::Layout_K_SW128_Atom<Element>,
+                                                        GMMA::Layout_K_SW64_Atom<Element>>;
+  using AtomMn                     = std::conditional_t<kWide, GMMA::Layout_MN_SW128_Atom<Element>,
+                                                        GMMA::Layout_MN_SW64_Atom<Element>>;
 
   // K and V blocks share a ring of stages: the same bytes, K-major as K, MN-major as V^T.
-  using LayoutQ = decltype(tile_to_shape(AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDim>>{}));
-  using LayoutQs =
-      decltype(tile_to_shape(AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDim>, Int<kGroups>, Int<kQBuffers>>{}));
+  using LayoutQ  = decltype(tile_to_shape(AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDim>>{}));
+  using LayoutQs = decltype(tile_to_shape(
+      AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDim>, Int<kGroups>, Int<kQBuffers>>{}));
   using LayoutK =
       decltype(tile_to_shape(AtomK{}, Shape<Int<kBlockN>, Int<kHeadDim>, Int<kStages>>{}));
-  using LayoutVt =
-      decltype(tile_to_shape(AtomMn{}, Shape<Int<kHeadDim>, Int<kBlockN>, Int<kStages>>{},
-                             Step<_2, _1, _3>{}));
+  using LayoutVt              = decltype(tile_to_shape(
+      AtomMn{}, Shape<Int<kHeadDim>, Int<kBlockN>, Int<kStages>>{}, Step<_2, _1, _3>{}));
   static constexpr int kQSize = kGroupRows * kHeadDim, kStageSize = kBlockN * kHeadDim;
   static_assert(cosize_v<LayoutQ> == kQSize && cosize_v<LayoutK> == kStages * kStageSize &&
                 cosize_v<LayoutVt> == kStages * kStageSize);
 
   // One warpgroup's products.  S: both operands in shared memory; O: P in registers.
-  using TileS    = Shape<Int<kGroupRows>, Int<kBlockN>>;
-  using TileO    = Shape<Int<kGroupRows>, Int<kHeadDim>>;
-  using TiledMmaS =
-      decltype(make_tiled_mma(GMMA::ss_op_selector<Element, Element, float,
-                                                   Shape<Int<kGroupRows>, Int<kBlockN>, _16>,
-                                                   GMMA::Major::K, GMMA::Major::K>()));
-  using TiledMmaO =
-      decltype(make_tiled_mma(GMMA::rs_op_selector<Element, Element, float,
-                                                   Shape<Int<kGroupRows>, Int<kHeadDim>, _16>,
-                                                   GMMA::Major::K, GMMA::Major::MN>()));
+  using TileS     = Shape<Int<kGroupRows>, Int<kBlockN>>;
+  using TileO     = Shape<Int<kGroupRows>, Int<kHeadDim>>;
+  using TiledMmaS = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kGroupRows>, Int<kBlockN>, _16>,
+                           GMMA::Major::K, GMMA::Major::K>()));
+  using TiledMmaO = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, Shape<Int<kGroupRows>, Int<kHeadDim>, _16>,
+                           GMMA::Major::K, GMMA::Major::MN>()));
 
   // Tiles of which the producer has told: more than the other rings let it run ahead.
   static constexpr int kJobs = 4;

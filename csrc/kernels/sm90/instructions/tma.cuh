@@ -3,10 +3,10 @@
 // Used by: the sm90 kernels and launches.  Rows and columns beyond a tensor's end are zeros when loaded and are not stored.
 #include <cuda.h>  // types alone: the driver's function comes through the runtime
 #include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
-#include <cutlass/arch/barrier.h>
 
 #include "flash.h"
 
@@ -53,8 +53,8 @@ inline TmaEncode tma_encode() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
-    cudaError_t const status = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    cudaError_t const status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                                12000, cudaEnableDefault, &found);
 #else
     cudaError_t const status =
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
@@ -73,7 +73,8 @@ inline cudaError_t encode_tma(TensorRef const& tensor, TmaShape const& shape, DT
   result.head_step  = shape.heads > 1 && tensor.head_stride > 0;
   result.batch_step = shape.batch > 1 && tensor.batch_stride > 0;
   auto const bytes  = [](int64_t stride, bool steps) {
-    return cuuint64_t(steps ? stride * 2 : int64_t(kTmaAlign));  // a dimension of size 1 needs some stride
+    return cuuint64_t(steps ? stride * 2
+                            : int64_t(kTmaAlign));  // a dimension of size 1 needs some stride
   };
   cuuint64_t const sizes[]   = {cuuint64_t(shape.columns), cuuint64_t(shape.rows),
                                 cuuint64_t(result.head_step ? shape.heads : 1),
