@@ -28,6 +28,9 @@ int* allocate_zeros(int64_t count) {
                         cudaStreamSynchronize(stream) == cudaSuccess;
   if (stream) { cudaStreamDestroy(stream); }
   cudaThreadExchangeStreamCaptureMode(&mode);
+  if (!ok) {
+    cudaGetLastError();
+  }  // is reported by the caller, not by the next call of the runtime
   return ok ? static_cast<int*>(data) : nullptr;
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 // Running softmax of one query tile: reference maximum and sum per row, in base 2 with the scale folded into the exponent.
-// Used by: fwd/mainloop.  Knows nothing of masks: hidden scores arrive as -inf.
-// Invariant: after step(), O and row_sum are relative to the same row_ref.
+// Used by: the forward main loops of sm80 and sm90.  Knows nothing of masks: hidden scores arrive as -inf.
+// Invariant: O and row_sum are relative to the same row_ref, once O has followed.
 #include "pieces/merge.cuh"
 #include "pieces/numeric.cuh"
 
@@ -60,9 +60,11 @@ struct Softmax {
     }
   }
 
-  // The references of this block of scores (rows, columns), while O is still being added to: whether O must follow, by the factors shrink.
+  // The same while O is still being added to: whether O must follow, by the factors shrink, which are set then alone.
+  // is_row: rows that are the sequence's; the others move with them, but no reference moves for their sake.
   template <class TensorS>
-  CUTE_DEVICE bool update_references(TensorS& scores, float (&shrink)[kRows]) {
+  CUTE_DEVICE bool update_references(TensorS& scores, bool const (&is_row)[kRows],
+                                     float (&shrink)[kRows]) {
     float row_max[kRows];
     bool moves = false;
     CUTE_UNROLL
@@ -72,8 +74,8 @@ struct Softmax {
       for (int c = 1; c < size<1>(scores); ++c) { row_max[r] = fmaxf(row_max[r], scores(r, c)); }
       row_max[r] = quad_max(row_max[r]);
       offset[r]  = row_ref[r] * scale_log2;
-      moves |= fmaf(row_max[r], scale_log2, -offset[r]) > kLazyRescaleLog2 ||
-               fabsf(offset[r]) > kLargeLog2;
+      moves |= is_row[r] & ((fmaf(row_max[r], scale_log2, -offset[r]) > kLazyRescaleLog2) |
+                            (fabsf(offset[r]) > kLargeLog2));
     }
     bool const any_moves = __any_sync(~0u, moves);
     if (any_moves) { move_references<0>(scores, row_max, shrink); }

@@ -11,6 +11,7 @@
 #include "pieces/mask.cuh"
 #include "pieces/softmax.cuh"
 #include "sm90/fwd/epilogue.cuh"
+#include "sm90/instructions/barrier.cuh"
 #include "sm90/instructions/ring.cuh"
 
 namespace flash::sm90 {
@@ -19,7 +20,6 @@ template <class Traits, MaskKind kMask>
 struct Consumer {
   using Shared  = typename Traits::Shared;
   using Element = typename Traits::Element;
-  using Barrier = cutlass::arch::ClusterBarrier;
 
   CUTE_DEVICE Consumer(FwdParams const& params_, TmaTensor const& out_map_, Shared& smem_,
                        int group_, int thread_)
@@ -37,7 +37,7 @@ struct Consumer {
     while (more) {
       clear(tOrO);
       softmax = Softmax<2>(params.problem.unit.scale_log2);
-      wait_for(smem.q_full[q.index][group], q.full_parity());
+      wait(smem.q_full[q_place.index][group], q_place.full_parity());
       if (block >= first) {
         begin();
         walk();
@@ -67,9 +67,10 @@ struct Consumer {
   int stored_from = -1;  // Q's buffer from which an output may still be read
 
   // The tile: where the producer has put it; its key blocks as in BlockRange, and the one that comes next.
-  RingPlace<Traits::kJobs> job{};
-  RingPlace<Traits::kQBuffers> q{};
+  RingPlace<Traits::kJobs> job_place{};
+  RingPlace<Traits::kQBuffers> q_place{};
   int first, left_end, right_begin, block;
+  bool is_row[2];  // whether this thread's rows are the sequence's
   Softmax<2> softmax;
   TensorS tSrS;
   TensorP tOrP;
@@ -134,7 +135,7 @@ struct Consumer {
     auto const slice = mma.get_slice(thread);
     auto const sQs   = make_tensor(make_smem_ptr(smem.q[0][0]), typename Traits::LayoutQs{});
     auto const sK    = make_tensor(make_smem_ptr(smem.stages[0]), typename Traits::LayoutK{});
-    auto const tSrQ  = slice.make_fragment_A(slice.partition_A(sQs(_, _, group, q.index)));
+    auto const tSrQ  = slice.make_fragment_A(slice.partition_A(sQs(_, _, group, q_place.index)));
     auto const tSrK  = slice.make_fragment_B(slice.partition_B(sK));  // (.., stages)
     int const stage  = take_stage();
     issue(mma, tSrQ, tSrK(_, _, _, stage), tSrS, false);
@@ -153,23 +154,23 @@ struct Consumer {
   }
 
   CUTE_DEVICE void hide() {
-    Job const& at = smem.jobs[job.index];
-    mask_scores<false, TiledMmaS, typename Traits::TileS>(tSrS, at.see<kMask>(params.problem),
-                                                          at.row0 + group * kGroupRows,
+    Job const& job = smem.jobs[job_place.index];
+    mask_scores<false, TiledMmaS, typename Traits::TileS>(tSrS, job.see<kMask>(params.problem),
+                                                          job.row0 + group * kGroupRows,
                                                           block * Traits::kBlockN, thread);
   }
 
   // S becomes P, in fp32; whether O must be multiplied by shrink.
   CUTE_DEVICE bool weigh(float (&shrink)[2]) {
     auto scores      = rows_of(tSrS);
-    bool const moves = softmax.update_references(scores, shrink);
+    bool const moves = softmax.update_references(scores, is_row, shrink);
     softmax.exponentials(scores, 0, Traits::kBlockN / 4);
     return moves;
   }
 
   CUTE_DEVICE void store() {
-    output().store(smem.jobs[job.index], q.index, tOrO, softmax);
-    if (thread % 32 == 0) { Barrier::arrive(&smem.job_empty[job.index]); }
+    output().store(smem.jobs[job_place.index], q_place.index, tOrO, softmax);
+    if (thread % 32 == 0) { arrive(smem.job_empty[job_place.index]); }
   }
 
   // Addresses that follow from the thread would be spilled in the main loop: the thread is opaque.
@@ -179,35 +180,34 @@ struct Consumer {
 
   // --- Rings --------------------------------------------------------------------------------------
 
-  CUTE_DEVICE static void wait_for(uint64_t& barrier, uint32_t parity) {
-    Barrier::wait(&barrier, parity);
-  }
-
   // The same number, known to be the same in all lanes.
   CUTE_DEVICE static int uniform(int number) { return __shfl_sync(~0u, number, 0); }
 
   // False if there are no more.
   CUTE_DEVICE bool take_job() {
-    job = job_ring.take();
-    wait_for(smem.job_full[job.index], job.full_parity());
-    if (!uniform(smem.is_job[job.index])) { return false; }
-    BlockRange const& blocks = smem.jobs[job.index].blocks;
+    job_place = job_ring.take();
+    wait(smem.job_full[job_place.index], job_place.full_parity());
+    if (!uniform(smem.is_job[job_place.index])) { return false; }
+    Job const& job           = smem.jobs[job_place.index];
+    BlockRange const& blocks = job.blocks;
     first = uniform(blocks.first), left_end = uniform(blocks.left_end);
     right_begin = uniform(blocks.right_begin), block = uniform(blocks.end) - 1;
-    q = q_ring.take();
+    q_place       = q_ring.take();
+    int const row = job.row0 + group * kGroupRows + first_row_of(thread);
+    is_row[0] = row < job.site.seqlen_q, is_row[1] = row + kRowStep < job.site.seqlen_q;
     return true;
   }
 
   // The next block of K or V, when it is there.
   CUTE_DEVICE int take_stage() {
     auto const stage = stage_ring.take();
-    wait_for(smem.stage_full[stage.index], stage.full_parity());
+    wait(smem.stage_full[stage.index], stage.full_parity());
     return stage.index;
   }
 
   // This warp has read it.
   CUTE_DEVICE void release_stage(int stage) {
-    if (thread % 32 == 0) { Barrier::arrive(&smem.stage_empty[stage]); }
+    if (thread % 32 == 0) { arrive(smem.stage_empty[stage]); }
   }
 };
 

@@ -4,6 +4,7 @@
 #include "pieces/address.cuh"
 #include "pieces/softmax.cuh"
 #include "sm90/fwd/traits.cuh"
+#include "sm90/instructions/barrier.cuh"
 #include "sm90/instructions/tma.cuh"
 #include "sm90/instructions/wgmma.cuh"
 
@@ -57,7 +58,7 @@ struct FwdOutput {
     stored_from = q_buffer;
     // TMA clips at the tensor's end, not at a sequence's.
     if (!params.problem.cu_seqlens_q || rows >= kGroupRows) {
-      cutlass::arch::fence_view_async_shared();
+      fence_for_async();
       sync_group();  // PROTECTS: O is complete, and TMA sees it.
       if (thread == 0) {
         store_tile<Traits::kHeadDim, kGroupRows, Traits::kBoxColumns>(
@@ -66,6 +67,7 @@ struct FwdOutput {
     } else {
       __syncwarp();  // PROTECTS: this warp's rows of O are complete.
       store_rows(job, sO, row0, rows);
+      fence_for_async();
       sync_group();  // PROTECTS: Q's next tile is not loaded over rows that a warp still copies.
     }
     if constexpr (Traits::kQBuffers == 1) { release(); }
@@ -75,7 +77,7 @@ struct FwdOutput {
   CUTE_DEVICE void release() {
     if (stored_from >= 0 && thread == 0) {
       tma_store_wait<0>();
-      cutlass::arch::ClusterBarrier::arrive(&smem.q_empty[stored_from][group]);
+      arrive(smem.q_empty[stored_from][group]);
     }
     stored_from = -1;
   }
@@ -90,12 +92,12 @@ struct FwdOutput {
   // The first of four lanes that share rows stores their LSE.
   CUTE_DEVICE void store_lse(Job const& job, int row0, int rows, float const (&lse)[2]) const {
     Problem const& problem = params.problem;
-    int const row          = thread / 32 * 16 + thread % 32 / 4;
+    int const row          = first_row_of(thread);
     float* const place     = params.lse + job.site.batch * problem.lse_batch_stride +
                              job.head * problem.lse_head_stride + job.site.q_row0 + row0 + row;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      if (thread % 4 == 0 && row + 8 * r < rows) { place[8 * r] = lse[r]; }
+      if (thread % 4 == 0 && row + kRowStep * r < rows) { place[kRowStep * r] = lse[r]; }
     }
   }
 

@@ -1,6 +1,6 @@
 #pragma once
 // The sm90 forward kernel: thread blocks stay and take tiles from a counter; one warp loads, two or three warpgroups compute.
-// Invariant: every row of out and lse below seqlen_q is written exactly once.
+// Invariant: every row of out and lse is written exactly once, those beyond the last sequence too.
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "sm90/fwd/consumer.cuh"
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();  // PROTECTS: the barriers are initialised.
   if (warp < Traits::kGroupWarps) {
     cutlass::arch::warpgroup_reg_dealloc<kRegisters.producer>();
-    if (warp == 0) {
+    if (warp == 0) {  // the other warps have only given registers away
       Producer<Traits, kMask>{params.problem, order, maps, smem, counter, int(threadIdx.x)}.run();
     }
   } else {

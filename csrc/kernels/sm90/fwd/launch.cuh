@@ -23,10 +23,18 @@ template <class Traits>
 cudaError_t make_maps(FwdParams const& params, FwdMaps& maps) {
   Problem const& problem = params.problem;
   FwdSizes const sizes(problem);
-  TmaShape const q{problem.head_dim, sizes.rows_q, problem.heads_q,
-                   sizes.batch,      kGroupRows,   Traits::kBoxColumns};
-  TmaShape const kv{problem.head_dim, sizes.rows_k,    problem.heads_kv,
-                    sizes.batch,      Traits::kBlockN, Traits::kBoxColumns};
+  TmaShape const q{.columns     = problem.head_dim,
+                   .rows        = sizes.rows_q,
+                   .heads       = problem.heads_q,
+                   .batch       = sizes.batch,
+                   .box_rows    = kGroupRows,
+                   .box_columns = Traits::kBoxColumns};
+  TmaShape const kv{.columns     = problem.head_dim,
+                    .rows        = sizes.rows_k,
+                    .heads       = problem.heads_kv,
+                    .batch       = sizes.batch,
+                    .box_rows    = Traits::kBlockN,
+                    .box_columns = Traits::kBoxColumns};
   cudaError_t status = encode_tma(params.q, q, problem.dtype, maps.q);
   if (status == cudaSuccess) { status = encode_tma(params.out, q, problem.dtype, maps.out); }
   if (status == cudaSuccess) { status = encode_tma(params.k, kv, problem.dtype, maps.k); }
@@ -44,6 +52,8 @@ cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, int* count
   if (!make_query_order(params.problem, Traits::kBlockM, order)) {
     return cudaErrorInvalidConfiguration;
   }
+  // Thread blocks ask for numbers of tiles beyond the last one.
+  if (order.size() > INT32_MAX - sm_count()) { return cudaErrorInvalidConfiguration; }
   int const blocks = min_of(int(order.size()), sm_count());
   Launch const launch{blocks, Traits::kThreads, int(sizeof(typename Traits::Shared)), stream};
   return launch_kernel(kernel, launch, params, order, maps, counter);
@@ -58,11 +68,15 @@ struct Fwd {
   static bool serves(FwdParams const& params) {
     Problem const& problem = params.problem;
     FwdSizes const sizes(problem);
+    auto const fits_q = [&](TensorRef const& tensor) {
+      return fits_tma(tensor, problem.head_dim, sizes.rows_q, problem.heads_q, sizes.batch);
+    };
+    auto const fits_kv = [&](TensorRef const& tensor) {
+      return fits_tma(tensor, problem.head_dim, sizes.rows_k, problem.heads_kv, sizes.batch);
+    };
     return level_of(problem) == Level::kPlain && sizes.rows_q > 0 && sizes.rows_k > 0 &&
-           problem.batch > 0 && fits_tma(params.q, sizes.rows_q, problem.heads_q, sizes.batch) &&
-           fits_tma(params.out, sizes.rows_q, problem.heads_q, sizes.batch) &&
-           fits_tma(params.k, sizes.rows_k, problem.heads_kv, sizes.batch) &&
-           fits_tma(params.v, sizes.rows_k, problem.heads_kv, sizes.batch);
+           problem.batch > 0 && fits_q(params.q) && fits_q(params.out) && fits_kv(params.k) &&
+           fits_kv(params.v) && tma_encode() != nullptr;
   }
 
   static void plan(FwdParams const&, Plan& plan) { plan.counters = 1; }

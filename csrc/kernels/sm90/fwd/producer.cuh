@@ -2,6 +2,7 @@
 // The warp that loads: for each of the thread block's tiles Q, then K and V from the last key block to the first, by TMA.
 // It runs ahead of the consumers as far as the rings' buffers allow, into the next tiles too.
 #include "sm90/fwd/traits.cuh"
+#include "sm90/instructions/barrier.cuh"
 #include "sm90/instructions/ring.cuh"
 #include "sm90/instructions/tma.cuh"
 
@@ -15,15 +16,12 @@ template <class Traits, MaskKind kMask>
 struct Producer {
   using Shared  = typename Traits::Shared;
   using Element = typename Traits::Element;
-  using Empty   = cutlass::arch::ClusterBarrier;
-  using Full    = cutlass::arch::ClusterTransactionBarrier;
 
   Problem const& problem;
   TileOrder const& order;
   FwdMaps const& maps;
   Shared& smem;
-  int*
-      counter;  // of all thread blocks' tiles after their first ones; 0 before the launch and after it
+  int* counter;  // of the tiles that thread blocks have taken; 0 before the launch and after it
   int lane;
   RingPlace<Traits::kQBuffers> q_ring{};
   RingPlace<Traits::kStages> stage_ring{};
@@ -64,52 +62,55 @@ struct Producer {
   }
 
   CUTE_DEVICE void load_q(Job const& job, RingPlace<Traits::kQBuffers> const& place, int group) {
-    Empty::wait(&smem.q_empty[place.index][group], place.empty_parity());
+    wait(smem.q_empty[place.index][group],
+         place.empty_parity());  // PROTECTS: O was stored from it.
     if (lane == 0) {
-      uint64_t* const full = &smem.q_full[place.index][group];
-      Full::arrive_and_expect_tx(full, Traits::kQSize * sizeof(Element));
+      uint64_t& full = smem.q_full[place.index][group];
+      arrive_expecting(full, Traits::kQSize * sizeof(Element));
       int const row = job.site.q_row0 + job.row0 + group * kGroupRows;
       load_tile<Traits::kHeadDim, kGroupRows, Traits::kBoxColumns>(
-          maps.q, full, smem.q[place.index][group], row, job.head, job.site.batch);
+          maps.q, &full, smem.q[place.index][group], row, job.head, job.site.batch);
     }
   }
 
   CUTE_DEVICE void load_k(Job const& job, int block) {
     auto const stage = free_stage();
-    if (lane == 0) { load_block(maps.k, job, block, stage.index, &smem.stage_full[stage.index]); }
+    if (lane == 0) { load_block(maps.k, job, block, stage.index, smem.stage_full[stage.index]); }
   }
 
   CUTE_DEVICE void load_v(Job const& job, int block) {
     auto const stage = free_stage();
-    // Rows of other sequences, or that no query sees, would reach O as 0 * NaN.
+    // Rows of other sequences, or that no query sees, would reach O as 0 * NaN.  A block that is visited has others, too: it begins
+    // before seqlen_k and ends behind first_seen.
     int const row0  = block * Traits::kBlockN;
     int const begin = kMask == MaskKind::kLocal ? job.see<kMask>(problem).first_seen() - row0 : 0;
     int const end   = problem.cu_seqlens_q ? job.site.seqlen_k - row0 : Traits::kBlockN;
     if (begin <= 0 && end >= Traits::kBlockN) {
-      if (lane == 0) { load_block(maps.v, job, block, stage.index, &smem.stage_full[stage.index]); }
+      if (lane == 0) { load_block(maps.v, job, block, stage.index, smem.stage_full[stage.index]); }
     } else {
-      if (lane == 0) { load_block(maps.v, job, block, stage.index, &smem.landed); }
-      Full::wait(&smem.landed, landed_parity);
+      if (lane == 0) { load_block(maps.v, job, block, stage.index, smem.landed); }
+      wait(smem.landed, landed_parity);
       landed_parity ^= 1;
       clear_rows(smem.stages[stage.index], 0, begin);
-      clear_rows(smem.stages[stage.index], max_of(end, 0), Traits::kBlockN);
-      cutlass::arch::fence_view_async_shared();  // PROTECTS: the products read the zeros.
+      clear_rows(smem.stages[stage.index], end, Traits::kBlockN);
+      fence_for_async();  // PROTECTS: the products read the zeros.
       __syncwarp();
-      if (lane == 0) { Full::arrive(&smem.stage_full[stage.index]); }
+      if (lane == 0) { arrive(smem.stage_full[stage.index]); }
     }
   }
 
   CUTE_DEVICE RingPlace<Traits::kStages> free_stage() {
     auto const stage = stage_ring.take();
-    Empty::wait(&smem.stage_empty[stage.index], stage.empty_parity());
+    wait(smem.stage_empty[stage.index],
+         stage.empty_parity());  // PROTECTS: its last block was read.
     return stage;
   }
 
   CUTE_DEVICE void load_block(TmaTensor const& tensor, Job const& job, int block, int stage,
-                              uint64_t* full) {
-    Full::arrive_and_expect_tx(full, Traits::kStageSize * sizeof(Element));
+                              uint64_t& full) {
+    arrive_expecting(full, Traits::kStageSize * sizeof(Element));
     load_tile<Traits::kHeadDim, Traits::kBlockN, Traits::kBoxColumns>(
-        tensor, full, smem.stages[stage], job.site.k_row0 + block * Traits::kBlockN, job.head_kv,
+        tensor, &full, smem.stages[stage], job.site.k_row0 + block * Traits::kBlockN, job.head_kv,
         job.site.batch);
   }
 
@@ -127,10 +128,10 @@ struct Producer {
 
   CUTE_DEVICE void publish(Job const& job, bool is_job) {
     auto const place = job_ring.take();
-    Empty::wait(&smem.job_empty[place.index], place.empty_parity());
+    wait(smem.job_empty[place.index], place.empty_parity());  // PROTECTS: its last job was stored.
     if (lane == 0) {
       smem.jobs[place.index] = job, smem.is_job[place.index] = is_job;
-      Empty::arrive(&smem.job_full[place.index]);
+      arrive(smem.job_full[place.index]);
     }
   }
 };

@@ -3,8 +3,8 @@
 // Used by: the sm90 kernels and launches.  Rows and columns beyond a tensor's end are zeros when loaded and are not stored.
 #include <cuda.h>  // types alone: the driver's function comes through the runtime
 #include <cuda_runtime.h>
-#include <cutlass/arch/barrier.h>
 
+#include <atomic>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -18,7 +18,8 @@ using namespace cute;
 // A (column, row, head, batch) tensor for TMA.  A head or batch dimension without a stride (expanded) has size 1 in the map.
 struct TmaTensor {
   CUtensorMap map;
-  int head_step, batch_step;  // 0: every head, or batch, is the same
+  int head_step,
+      batch_step;  // 0: every head, or batch, is the same, and any number of one is right
 };
 
 // Sizes of the tensor; rows of a box, columns of a box.
@@ -35,10 +36,10 @@ inline bool is_tma_stride(int64_t elements, int size) {
   return size <= 1 || (bytes >= 0 && bytes < kTmaStride && bytes % kTmaAlign == 0);
 }
 
-// Whether TMA can address the tensor.  Rows must be apart.
-inline bool fits_tma(TensorRef const& tensor, int rows, int heads, int batch) {
+// Whether TMA can address the tensor.  Rows must not overlap.
+inline bool fits_tma(TensorRef const& tensor, int columns, int rows, int heads, int batch) {
   return reinterpret_cast<uintptr_t>(tensor.data) % kTmaAlign == 0 &&
-         is_tma_stride(tensor.row_stride, rows) && (rows <= 1 || tensor.row_stride > 0) &&
+         is_tma_stride(tensor.row_stride, rows) && (rows <= 1 || tensor.row_stride >= columns) &&
          is_tma_stride(tensor.head_stride, heads) && is_tma_stride(tensor.batch_stride, batch);
 }
 
@@ -49,32 +50,36 @@ using TmaEncode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, vo
 
 // cuTensorMapEncodeTiled, or null if the driver has none.
 inline TmaEncode tma_encode() {
-  static TmaEncode const encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
+  static std::atomic<TmaEncode> known{nullptr};  // a query that failed is made again
+  if (TmaEncode const encode = known.load(std::memory_order_relaxed)) { return encode; }
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
-    cudaError_t const status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                                12000, cudaEnableDefault, &found);
+  cudaError_t const status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                              12000, cudaEnableDefault, &found);
 #else
-    cudaError_t const status =
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+  cudaError_t const status =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-    bool const ok = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return ok ? reinterpret_cast<TmaEncode>(function) : nullptr;
-  }();
-  return encode;
+  if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+    cudaGetLastError();  // that there is none is not the next call's error
+    return nullptr;
+  }
+  known.store(reinterpret_cast<TmaEncode>(function), std::memory_order_relaxed);
+  return reinterpret_cast<TmaEncode>(function);
 }
 
-// tensor must fit_tma and have no size of 0.
+// tensor must fit (fits_tma) and have no size of 0.
 inline cudaError_t encode_tma(TensorRef const& tensor, TmaShape const& shape, DType dtype,
                               TmaTensor& result) {
   TmaEncode const encode = tma_encode();
   if (!encode) { return cudaErrorNotSupported; }
   result.head_step  = shape.heads > 1 && tensor.head_stride > 0;
   result.batch_step = shape.batch > 1 && tensor.batch_stride > 0;
-  auto const bytes  = [](int64_t stride, bool steps) {
-    return cuuint64_t(steps ? stride * 2
-                            : int64_t(kTmaAlign));  // a dimension of size 1 needs some stride
+  // A dimension of size 1 needs some stride: that of whole rows.
+  int64_t const row_bytes = (int64_t(shape.columns) * 2 + kTmaAlign - 1) / kTmaAlign * kTmaAlign;
+  auto const bytes        = [&](int64_t stride, bool steps) {
+    return cuuint64_t(steps ? stride * 2 : row_bytes);
   };
   cuuint64_t const sizes[]   = {cuuint64_t(shape.columns), cuuint64_t(shape.rows),
                                 cuuint64_t(result.head_step ? shape.heads : 1),

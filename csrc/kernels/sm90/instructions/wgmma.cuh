@@ -36,6 +36,10 @@ CUTE_HOST_DEVICE constexpr auto rows_columns(Layout_ const& layout) {
   return make_layout(get<0, 1>(layout), make_layout(get<0, 0>(layout), get<0, 2>(layout)));
 }
 
+// The first of the two rows of an accumulator that a thread of the warpgroup holds; the other one is kRowStep below.
+constexpr int kRowStep = 8;
+CUTE_DEVICE int first_row_of(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
+
 // Accumulator ((2, 2, n), 1, 1) -> A operand ((2, 2, 2), 1, n / 2) of a product over its columns: two neighbouring n8 blocks are, value for
 // value, one k16 block.
 template <class Layout_>
