@@ -329,7 +329,11 @@ def test_equal_lengths_are_a_dense_batch(device: str, case: VarlenCase) -> None:
     assert_nearly("lse", ours.lse, lse, case, eps=1e-6)
 
 
-@features
+# The last rows of a sequence share a warp with the first ones of the next, over two key blocks.
+SHARED_WARPS = [VarlenCase((70, 200), (256, 200), (2, 1), d, Mask.none) for d in (64, 128, 256)]
+
+
+@everywhere(*FEATURES, *SHARED_WARPS)
 def test_sequences_do_not_mix(device: str, case: VarlenCase) -> None:
     """NaN and inf in one sequence change no bit of the others."""
     x = make_varlen_inputs(case, device)
