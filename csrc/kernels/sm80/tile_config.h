@@ -249,7 +249,7 @@ constexpr DecodeTile narrow_decode_tile(int head_dim, SmemSize size) {
       break;
     default:  // as 192; Q takes 64 registers of a thread
       tile.warps_n = is_99 ? 2 : 4, tile.stages = is_99 || is_163 ? 2 : 3;
-      tile.at_once   = is_99 ? 2 : 4;  // with 4, two warps spilled
+      tile.at_once   = tile.stages == 2 ? 2 : 4;  // with 4, two stages spilled for sm_90
       tile.q_in_regs = false;
   }
   return tile;
