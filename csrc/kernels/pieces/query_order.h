@@ -10,20 +10,20 @@ namespace flash {
 inline bool make_query_order(Problem const& problem, int block_m, TileOrder& order) {
   constexpr int kElementBytes = 2;
   bool const ragged           = problem.cu_seqlens_q != nullptr;
-  int64_t const blocks = ragged ? slot_count(problem.total_q, problem.batch, block_m)
-                                : ceil_div(problem.seqlen_q, block_m);
+  int64_t const blocks        = ragged ? slot_count(problem.total_q, problem.batch, block_m)
+                                       : ceil_div(problem.seqlen_q, block_m);
   if (blocks * problem.heads_q > INT32_MAX) { return false; }
   int const sharing = problem.heads_q / problem.heads_kv;
   bool const window = !ragged && problem.mask == MaskKind::kLocal;
   // K and V of a group stay in L2 while its query blocks run; of a window, what a few neighbouring blocks see.
-  int64_t const seen = int64_t(problem.window_left) + problem.window_right + 8 * block_m;
-  int64_t const keys = window && seen < problem.seqlen_k ? seen : problem.seqlen_k;
+  int64_t const seen     = int64_t(problem.window_left) + problem.window_right + 8 * block_m;
+  int64_t const keys     = window && seen < problem.seqlen_k ? seen : problem.seqlen_k;
   int64_t const kv_bytes = 2 * keys * problem.head_dim * kElementBytes;
   int const reach        = problem.window_left - (problem.seqlen_k - problem.seqlen_q);
-  order = make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_q,
-                          heads_in_l2(kv_bytes) * sharing,
-                          ragged || problem.mask != MaskKind::kNone, sharing,
-                          window ? short_blocks(reach, block_m, int(blocks)) : 0);
+  order =
+      make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_q,
+                      heads_in_l2(kv_bytes) * sharing, ragged || problem.mask != MaskKind::kNone,
+                      sharing, window ? short_blocks(reach, block_m, int(blocks)) : 0);
   return order.size() <= INT32_MAX;
 }
 
