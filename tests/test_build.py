@@ -29,6 +29,7 @@ from third_party.fetch_cutlass import CutlassError
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 PASSES = ("fwd", "bwd", "decode")
+ISAS = tuple(kernel_list.PASSES)
 SOURCES = {".py", ".h", ".cpp", ".cuh", ".cu"}
 
 
@@ -485,8 +486,10 @@ def test_every_arch_has_its_target() -> None:
 def test_every_unit_is_generated_and_registered(tmp_path: Path) -> None:
     paths = generate(tmp_path, (90, 80))
     units = kernel_list.units((90, 80))
-    passes = sum(map(len, kernel_list.PASSES.values()))
-    assert len(units) == passes * len(kernel_list.HEAD_DIMS) * len(kernel_list.DTYPES)
+    head_dims = {isa: kernel_list.ONLY_HEAD_DIMS.get(isa, kernel_list.HEAD_DIMS) for isa in ISAS}
+    wanted = sum(len(passes) * len(head_dims[isa]) for isa, passes in kernel_list.PASSES.items())
+    assert len(units) == wanted * len(kernel_list.DTYPES)
+    assert {(u.isa, u.head_dim) for u in units} == {(i, d) for i in ISAS for d in head_dims[i]}
     assert [p.name for p in paths] == [f"{u.name}.cu" for u in units] + ["registry.cpp"]
     registry = paths[-1].read_text()
     assert 'kBuiltArchs = "80,90"' in registry
@@ -522,7 +525,10 @@ def test_tables_of_the_registry_have_the_newest_isa_first(tmp_path: Path) -> Non
     for _, table in tables:
         isas = re.findall(r"&(\w+)::", table)
         assert isas == sorted(isas, reverse=True)
-    assert tables[0][1].startswith(f"    &sm90::{kernel_list.TEST_UNIT.symbol},\n")
+    of_forward = dict(tables)["Fwd"]
+    assert kernel_list.TEST_UNIT.symbol in of_forward
+    of_hopper = {u.symbol for u in kernel_list.units((90,), test_units=True) if u.isa == "sm90"}
+    assert set(re.findall(r"&sm90::(\w+)", of_forward)) == of_hopper
 
 
 @pytest.mark.parametrize(
@@ -534,11 +540,13 @@ def test_unit_of_an_isa_is_generated_where_an_architecture_has_it(
 ) -> None:
     paths = {p.stem: p for p in generate(tmp_path, archs, head_dims, test_units=True)}
     assert (kernel_list.TEST_UNIT.name in paths) == is_there
-    assert ("sm90" in paths["registry"].read_text()) == is_there
+    assert (kernel_list.TEST_UNIT.symbol in paths["registry"].read_text()) == is_there
+    assert ("sm90" in paths["registry"].read_text()) == (90 in archs)
     targets = {name: targets_of(path) for name, path in paths.items()}
     assert targets.pop("registry") is None
-    assert targets.pop(kernel_list.TEST_UNIT.name, (90,)) == (90,)
-    assert set(targets.values()) == {archs}
+    of_hopper = {t for name, t in targets.items() if "_sm90_" in name}
+    assert of_hopper == ({(90,)} if 90 in archs else set())
+    assert {t for name, t in targets.items() if "_sm80_" in name} == {archs}
 
 
 def test_unit_for_tests_is_in_no_other_build() -> None:
@@ -639,8 +647,9 @@ def test_committed_list_of_head_dims_is_the_generated_one(path: Path) -> None:
 def test_units_of_a_partial_build(tmp_path: Path) -> None:
     names = {p.stem for p in generate(tmp_path, (90,), (64, 128), ("bf16",))}
     assert names == {
-        f"{name}_sm80_hd{head_dim}_bf16" for name in PASSES for head_dim in (64, 128)
-    } | {"registry"}
+        *(f"{name}_sm80_hd{head_dim}_bf16" for name in PASSES for head_dim in (64, 128)),
+        *("fwd_sm90_hd64_bf16", "fwd_sm90_hd128_bf16", "registry"),
+    }
     assert "half_t" not in (tmp_path / "fwd_sm80_hd64_bf16.cu").read_text()
     assert "fp16" not in (tmp_path / "registry.cpp").read_text().replace("kFp16", "")
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import AttnCase, Inputs, Mask, is_built, make_inputs
+from cases import AttnCase, Inputs, Mask, VarlenCase, is_built, make_inputs, make_varlen_inputs
 from harness import assert_bitwise, capture, run_flash
 from hopper import IS_HOPPER, MULTIPROCESSORS, on_hopper
 from torch import Tensor
 
-from flash_attn import flash_attn_func
+from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 STRESSED = [
     AttnCase(1500, 1500, (8, 4), d, mask, batch=4)
@@ -118,13 +118,30 @@ def test_nothing_beside_the_results_is_written(
     def results() -> tuple[Tensor, ...]:
         return flash_attn_func(x.q, x.k, x.v, causal=case.causal, return_attn_probs=True)[:2]
 
-    beside = memory_beside(results)
-    changed = (beside != CANARY).any(1).nonzero().flatten().tolist()
-    assert not changed, f"units of {UNIT_BYTES} bytes beside out and lse: {changed}; case {case}"
+    assert_beside_is_untouched(results, case)
 
 
-def memory_beside(call: Callable[[], tuple[Tensor, ...]]) -> Tensor:
-    """(units, bytes): what two MiB of canaries hold after `call`, its results apart."""
+@on_hopper(
+    VarlenCase((70, 33), (90, 200), (2, 1), 72, Mask.causal),
+    VarlenCase((128, 65, 1), (1, 90, 300), (1, 1), 128, Mask.none, "fp16"),
+    VarlenCase((200, 63), (90, 200), (2, 2), 256, Mask.causal),
+)
+def test_nothing_beside_the_results_of_sequences_is_written(
+    device: str, case: VarlenCase, pinned_to_sm90: None
+) -> None:
+    """Their last tiles are stored row by row."""
+    x = make_varlen_inputs(case, device)
+    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
+
+    def results() -> tuple[Tensor, ...]:
+        options = dict(causal=case.causal, return_attn_probs=True)
+        return flash_attn_varlen_func(x.q, x.k, x.v, *lengths, **options)[:2]
+
+    assert_beside_is_untouched(results, case)
+
+
+def assert_beside_is_untouched(call: Callable[[], tuple[Tensor, ...]], case: object) -> None:
+    """Two MiB of canaries, from which `call` gets its results, stay as they are beside these."""
     pool = torch.cuda.MemPool()
     with torch.cuda.use_mem_pool(pool):
         filled = [
@@ -140,4 +157,5 @@ def memory_beside(call: Callable[[], tuple[Tensor, ...]]) -> Tensor:
         ]
     outside = [t for t in (*results, *rest) if not 0 <= t.data_ptr() - begin < 2 * SMALL_BYTES]
     assert not outside, "the allocator took other memory: nothing was tested"
-    return torch.stack(rest)
+    changed = (torch.stack(rest) != CANARY).any(1).nonzero().flatten().tolist()
+    assert not changed, f"units of {UNIT_BYTES} bytes beside out and lse: {changed}; case {case}"

@@ -61,8 +61,13 @@ def head_dim_comparisons(text: str) -> list[str]:
 
 
 def compiler_tricks(text: str) -> list[str]:
-    """What a C++ text does to the compiler alone: empty instructions, promises, numbered barriers."""
-    return re.findall(r'asm\s*(?:volatile)?\s*\(\s*""|__builtin_assume|bar\.sync %', code_of(text))
+    """What a C++ text does to the compiler alone: empty instructions, promises, computed barriers.
+
+    A barrier of so many threads is none: that is how warps meet which are not the whole block.
+    """
+    return re.findall(
+        r'asm\s*(?:volatile)?\s*\(\s*""|__builtin_assume|bar\.sync %\d;', code_of(text)
+    )
 
 
 def machine_paths(text: str) -> list[str]:
@@ -85,6 +90,8 @@ def test_rules_see_what_they_are_for() -> None:
     assert not head_dim_comparisons("column < problem.head_dim; kHeadDim / 16 // kHeadDim == 64")
     assert compiler_tricks('asm volatile("" : "+r"(x));') and compiler_tricks("__builtin_assume(x)")
     assert not compiler_tricks('asm volatile("ldmatrix %0" : "=r"(x)); // asm("")')
+    assert compiler_tricks('asm volatile("bar.sync %0;" ::"r"(x))')
+    assert not compiler_tricks('asm volatile("bar.sync %0, %1;" ::"r"(x), "n"(128))')
     # Written in parts, so that this file follows the rule.
     assert machine_paths("see " + "/home" + "/someone/x") and machine_paths("'" + "/root" + "/x'")
     assert not machine_paths("csrc/torch/work/x https://x.org/home/y")

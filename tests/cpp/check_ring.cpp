@@ -93,7 +93,7 @@ class Forward {
     }
     stage_empty.assign(kStages, Barrier(warps - (fault == Fault::kFewReleases)));
     job_empty.assign(kJobs, Barrier(warps)), group_barriers.assign(groups, Barrier(kWarps));
-    plan_producer(machine.agents[0]);
+    plan_producer(machine.agents[0], draw);
     for (int w = 0; w < warps; ++w) { consumers.push_back({w / kWarps, w % kWarps}); }
     for (int w = 0; w < warps; ++w) {
       machine.agents[1 + w].refill = [this, w] {
@@ -132,11 +132,13 @@ class Forward {
   std::vector<std::vector<Buffer>> q;
   std::vector<std::vector<Barrier>> q_full, q_empty;
   std::vector<Barrier> stage_full{kStages}, stage_empty, job_full{kJobs}, job_empty, group_barriers;
+  Barrier landed{1};
+  uint32_t landed_parity = 0;
   std::vector<Warp> consumers;
   std::vector<int> outputs = std::vector<int>(tiles.size(), 0), stores = std::vector<int>(3, 0);
 
   // As producer.cuh.
-  void plan_producer(Agent& agent) {
+  void plan_producer(Agent& agent, Random& draw) {
     RingPlace<kQBuffers> q_ring{};
     RingPlace<kStages> stage_ring{};
     RingPlace<kJobs> job_ring{};
@@ -154,9 +156,8 @@ class Forward {
         return fault == Fault::kNoEmptyWait ||
                stage_empty[place.index].passes(place.empty_parity());
       });
-      agent.add_once([this, place, content] {
-        machine.load(stages[place.index], content, stage_full[place.index]);
-      });
+      bool const changes = content % 4 == int(Matrix::kV) && below(draw, 2);
+      load(agent, stages[place.index], content, stage_full[place.index], changes);
     };
     for (int tile = 0; tile < int(tiles.size()); ++tile) {
       publish(tile);
@@ -166,10 +167,8 @@ class Forward {
         agent.add([this, place, group] {
           return q_empty[place.index][group].passes(place.empty_parity());
         });
-        agent.add_once([this, place, group, tile] {
-          machine.load(q[place.index][group], name_of(Matrix::kQ, tile),
-                       q_full[place.index][group]);
-        });
+        load(agent, q[place.index][group], name_of(Matrix::kQ, tile), q_full[place.index][group],
+             below(draw, 3) == 0);
       };
       load_q(0);
       if (last >= 0) { load_stage(name_of(Matrix::kK, tile, last)); }
@@ -181,6 +180,19 @@ class Forward {
       if (last >= 0) { load_stage(name_of(Matrix::kV, tile, 0)); }
     }
     publish(kEnd);
+  }
+
+  // By TMA.  A tile with foreign rows the producer changes before it passes it on.
+  void load(Agent& agent, Buffer& buffer, int content, Barrier& full, bool changes) {
+    Barrier& first = changes ? landed : full;
+    agent.add_once([this, &buffer, content, &first] { machine.load(buffer, content, first); });
+    if (!changes) { return; }
+    agent.add([this, parity = landed_parity] { return landed.passes(parity); });
+    agent.add_once([this, &buffer, content] {
+      machine.begin_write(buffer), machine.end_write(buffer, content);
+    });
+    agent.add_once([&full] { full.arrive(); });
+    landed_parity ^= 1;
   }
 
   // As consumer.cuh: the actions of one tile, when its job is there.
