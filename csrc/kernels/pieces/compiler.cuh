@@ -114,6 +114,11 @@ CUTE_DEVICE bool same_for_lanes(bool condition) {
   return kVotes ? bool(__any_sync(~0u, condition)) : condition;
 }
 
+// Accesses to memory before and after this stay on their side.
+// Prevents: they are moved over a barrier that is written as an instruction without memory's clobber, as CUTLASS' mbarriers are.
+// Price: none; the sm90 forward has the same instructions without it.
+CUTE_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+
 // __syncthreads() that waits for a score's bits: the barrier's number depends on them.  zero: 0, which the compiler must not know.
 // Prevents: the compiler moves tensor core instructions across the barrier, others with each change of the code.
 // Price: windows, d 64: 72 of a step's 128 before the barrier 468 us, 101 427; placed by this, 416 to 411, in masked steps too 410 (H100).

@@ -3,9 +3,9 @@
 // CUTLASS' functions do not tell the compiler that memory is touched: these keep accesses on their side.
 #include <cutlass/arch/barrier.h>
 
-namespace flash::sm90 {
+#include "pieces/compiler.cuh"
 
-CUTE_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+namespace flash::sm90 {
 
 // Until the phase of this parity is complete.
 CUTE_DEVICE void wait(uint64_t& barrier, uint32_t parity) {
