@@ -66,6 +66,8 @@ struct FwdOutput {
     } else {
       __syncwarp();  // PROTECTS: this warp's rows of O are complete.
       store_rows(job, sO, row0, rows);
+      cutlass::arch::fence_view_async_shared();  // PROTECTS: what was written here is older than
+                                                 // what TMA loads.
       sync_group();  // PROTECTS: Q's next tile is not loaded over rows that a warp still copies.
     }
     if constexpr (Traits::kQBuffers == 1) { release(); }

@@ -65,13 +65,19 @@ struct Producer {
 
   CUTE_DEVICE void load_q(Job const& job, RingPlace<Traits::kQBuffers> const& place, int group) {
     Empty::wait(&smem.q_empty[place.index][group], place.empty_parity());
+    int const row0       = job.row0 + group * kGroupRows;
+    uint64_t* const full = &smem.q_full[place.index][group];
+    Element* const tile  = smem.q[place.index][group];
+    // Rows of other sequences would decide with this one's when a warp's references move, and so change its last bits.
+    int const rows  = problem.cu_seqlens_q ? job.site.seqlen_q - row0 : kGroupRows;
+    bool const cuts = rows < kGroupRows;
     if (lane == 0) {
-      uint64_t* const full = &smem.q_full[place.index][group];
-      Full::arrive_and_expect_tx(full, Traits::kQSize * sizeof(Element));
-      int const row = job.site.q_row0 + job.row0 + group * kGroupRows;
+      uint64_t* const barrier = cuts ? &smem.landed : full;
+      Full::arrive_and_expect_tx(barrier, Traits::kQSize * sizeof(Element));
       load_tile<Traits::kHeadDim, kGroupRows, Traits::kBoxColumns>(
-          maps.q, full, smem.q[place.index][group], row, job.head, job.site.batch);
+          maps.q, barrier, tile, job.site.q_row0 + row0, job.head, job.site.batch);
     }
+    if (cuts) { clear_and_pass_on<kGroupRows>(tile, 0, max_of(rows, 0), full); }
   }
 
   CUTE_DEVICE void load_k(Job const& job, int block) {
@@ -89,13 +95,8 @@ struct Producer {
       if (lane == 0) { load_block(maps.v, job, block, stage.index, &smem.stage_full[stage.index]); }
     } else {
       if (lane == 0) { load_block(maps.v, job, block, stage.index, &smem.landed); }
-      Full::wait(&smem.landed, landed_parity);
-      landed_parity ^= 1;
-      clear_rows(smem.stages[stage.index], 0, begin);
-      clear_rows(smem.stages[stage.index], max_of(end, 0), Traits::kBlockN);
-      cutlass::arch::fence_view_async_shared();  // PROTECTS: the products read the zeros.
-      __syncwarp();
-      if (lane == 0) { Full::arrive(&smem.stage_full[stage.index]); }
+      clear_and_pass_on<Traits::kBlockN>(smem.stages[stage.index], begin, max_of(end, 0),
+                                         &smem.stage_full[stage.index]);
     }
   }
 
@@ -113,12 +114,25 @@ struct Producer {
         job.site.batch);
   }
 
+  // A tile that has landed: rows [begin, end) stay, the others become zeros.
+  template <int kRows>
+  CUTE_DEVICE void clear_and_pass_on(Element* tile, int begin, int end, uint64_t* full) {
+    Full::wait(&smem.landed, landed_parity);
+    landed_parity ^= 1;
+    clear_rows<kRows>(tile, 0, begin);
+    clear_rows<kRows>(tile, end, kRows);
+    cutlass::arch::fence_view_async_shared();  // PROTECTS: the products read the zeros.
+    __syncwarp();
+    if (lane == 0) { Full::arrive(full); }
+  }
+
   // Rows [begin, end) of a tile: zeros.
+  template <int kRows>
   CUTE_DEVICE void clear_rows(Element* tile, int begin, int end) {
     constexpr int kRowChunks = Traits::kBoxColumns / 8;
     auto* const chunks       = reinterpret_cast<uint4*>(tile);
     for (int slab = 0; slab < Traits::kHeadDim / Traits::kBoxColumns; ++slab) {
-      int const first = slab * Traits::kBlockN * kRowChunks;
+      int const first = slab * kRows * kRowChunks;
       for (int i = begin * kRowChunks + lane; i < end * kRowChunks; i += 32) {
         chunks[first + i] = uint4{};
       }

@@ -59,7 +59,7 @@ struct FwdTraits {
     uint64_t q_full[kQBuffers][kGroups], q_empty[kQBuffers][kGroups];
     uint64_t stage_full[kStages], stage_empty[kStages];
     uint64_t job_full[kJobs], job_empty[kJobs];
-    uint64_t landed;  // V blocks that the producer changes before it gives them on
+    uint64_t landed;  // tiles that the producer changes before it gives them on
     Job jobs[kJobs];
     bool is_job[kJobs];  // false: there are no more
   };
