@@ -1,7 +1,7 @@
 """Cost of the build: seconds and peak memory of every file, registers and spills of every kernel.
 
     python benchmarks/bench_build.py                          every file, one at a time
-    python benchmarks/bench_build.py --units fwd_hd128_bf16   these only; the others keep their entry
+    python benchmarks/bench_build.py --units fwd_sm90_hd128_bf16   these only; the others keep their entry
     python benchmarks/bench_build.py --archs 90               for these architectures only; what the
                                                               report says of others stays if it is
                                                               of the same sources and flags
@@ -259,7 +259,7 @@ def sources_of_build(archs: tuple[int, ...]) -> list[Path]:
 
 
 def select(sources: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """Sources by file name without suffix, or by a unit's short name (fwd_hd128_bf16) if one isa has it.
+    """Sources by file name without suffix, or by a unit's short name (bwd_hd128_bf16) if one isa has it.
 
     Raises BuildError for a name that is in none.
     """

@@ -27,7 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEAD_DIMS = 32, 64, 96, 128, 192, 256
+# At the end of the path: the package is that of the build which is recorded.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from csrc.kernels.kernel_list import HEAD_DIMS
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NOT_REPEATABLE = "not repeatable"
 Outputs = dict[str, Tensor]

@@ -1,7 +1,7 @@
 """Whether two builds have the same machine code, kernel by kernel.
 
-    python benchmarks/bench_build.py --units fwd_hd64_bf16 --out-dir before    (in the tree before a change)
-    python benchmarks/bench_build.py --units fwd_hd64_bf16 --out-dir after     (in the tree after it)
+    python benchmarks/bench_build.py --units fwd_sm80_hd64_bf16 --out-dir before    (in the tree before a change)
+    python benchmarks/bench_build.py --units fwd_sm80_hd64_bf16 --out-dir after     (in the tree after it)
     python benchmarks/compare_sass.py before after
 
 A build is an object, an extension (.so), or a folder of objects.  Kernels are found by their

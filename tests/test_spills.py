@@ -17,7 +17,9 @@ from third_party.fetch_cutlass import CutlassError, find_cutlass
 
 ROOT = Path(__file__).resolve().parents[1]
 # Compiled afresh: the first kernels to spill when something grows, at about a minute each.
-UNITS = os.environ.get("FLASH_ATTN_SPILL_UNITS", "fwd_hd64_bf16 bwd_hd128_bf16").split()
+UNITS = os.environ.get(
+    "FLASH_ATTN_SPILL_UNITS", "fwd_sm80_hd64_bf16 fwd_sm90_hd128_bf16 bwd_hd128_bf16"
+).split()
 
 CLEAN = """\
 ptxas info    : 0 bytes gmem
