@@ -328,4 +328,4 @@ def test_what_sm90_does_not_serve_falls_to_sm80(device: str, case: AttnCase, pin
         rf"this GPU \(built for: sm90,sm80; allowed by FLASH_ATTN_ISA: {ISA}\)"
     )
     with pytest.raises(RuntimeError, match=message):
-        run_flash(x.q, x.k, x.v, **options)
+        flash_attn_func(x.q, x.k, x.v, **options)

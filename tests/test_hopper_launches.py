@@ -98,7 +98,7 @@ CANARY, SMALL_BYTES, UNIT_BYTES = 0x5A, 1 << 20, 512  # the allocator's small bl
 BESIDE = [
     AttnCase(sq, sk, (2, 1), d, mask, dtype, batch=2)
     for sq, sk, d, mask, dtype in (
-        (1, 1, 8, Mask.none, "bf16"),
+        (1, 1, 40, Mask.none, "bf16"),
         (7, 8, 104, Mask.causal, "fp16"),
         (65, 63, 72, Mask.none, "bf16"),
         (127, 128, 128, Mask.causal, "fp16"),

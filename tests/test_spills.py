@@ -234,6 +234,8 @@ def test_report_shows_no_spills(report: dict[str, dict], name: str, arch: int) -
     assert name in report, again
     kernels = [bench_build.Kernel(**kernel) for kernel in report[name]["kernels"]]
     kernels = [kernel for kernel in kernels if kernel.arch == build_config.target_name(arch)]
+    if not kernels and arch != bench_build.DEFAULT_ARCH:
+        pytest.skip(f"the report has not sm_{arch}: run benchmarks/bench_build.py --archs {arch}")
     assert kernels, again
     assert all(kernel.is_clean for kernel in kernels), [k for k in kernels if not k.is_clean]
 
