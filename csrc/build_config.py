@@ -29,7 +29,6 @@ MINIMUM_ARCH = 80
 # size of shared memory that it has tiles for.
 BYTES_PER_JOB = 5 * 10**9
 BYTES_PER_SIZE = 15 * 10**8
-# peak of one kernel unit's compilation (benchmarks/bench_build.py), with room
 
 # Headers that torch's CUDA headers include and that a small toolkit may lack.
 LIBRARY_HEADERS = ("cublas_v2.h", "cublasLt.h", "cusparse.h", "cusolverDn.h", "curand.h", "cufft.h")
@@ -367,6 +366,12 @@ def make_plan(env: Mapping[str, str], toolkit: Toolkit | None, torch: Torch | st
             f"nvcc {toolkit.version} cannot compile for sm_{unsupported[0]} ({source})"
         )
     smem_kb = requested_kb or kernel_list.smem_kb(archs)
+    for arch in archs:
+        if min(smem_kb) > (kb := kernel_list.SMEM_KB_OF_ARCH.get(arch, min(kernel_list.SMEM_KB))):
+            raise BuildError(
+                f"FLASH_ATTN_SMEM_KB={env['FLASH_ATTN_SMEM_KB']!r}: sm_{arch} needs tiles for "
+                f"{kb} KB of shared memory or less"
+            )
     message = (
         f"CUDA {toolkit.version} at {toolkit.root}, torch {torch.version}: building "
         f"flash_attn_2_cuda for {', '.join(f'sm_{a}' for a in archs)} ({source}), "

@@ -328,13 +328,13 @@ def test_plan_builds_for_the_gpu_that_is_there(
 @pytest.mark.parametrize(
     "archs, sizes",
     [
-        ("80", (163,)),
+        ("80", (163, 99)),
         ("87", (163,)),
         ("86", (99,)),
         ("89;120;121", (99,)),
         ("90", (227,)),
         ("100;103", (227,)),
-        ("80;90", (227, 163)),
+        ("80;90", (227, 163, 99)),  # code for 8.0 runs on 8.6 and 8.9
         ("80;86;89;90;120", (227, 163, 99)),
         ("88", (99,)),  # not in the table: the size that fits every GPU
     ],
@@ -350,6 +350,9 @@ def test_plan_has_the_tiles_that_its_targets_need(
     assert f"tiles for {', '.join(map(str, sizes))} KB" in plan.message
     wanted = build_config.make_plan(env | {"FLASH_ATTN_SMEM_KB": "99,163"}, toolkit, torch)
     assert wanted.smem_kb == (163, 99)
+    if 99 in sizes and 80 not in plan.archs:
+        with pytest.raises(BuildError, match=r"SMEM_KB='163': sm_\d+ needs tiles for 99 KB"):
+            build_config.make_plan(env | {"FLASH_ATTN_SMEM_KB": "163"}, toolkit, torch)
 
 
 NO_BUILD_WITHOUT_GPU = {"FLASH_ATTN_BUILD_WITHOUT_GPU": "0"}
@@ -500,14 +503,15 @@ def test_every_unit_is_generated_and_registered(tmp_path: Path) -> None:
         assert registry.count(f"    &{unit.isa}::{unit.symbol},\n") == 1
 
 
-@pytest.mark.parametrize("smem_kb, sizes", [(None, (227, 163)), ((163, 99), (163, 99))])
+@pytest.mark.parametrize("smem_kb, sizes", [(None, (227, 163, 99)), ((163, 99), (163, 99))])
 def test_units_and_registry_have_the_sizes_of_the_build(
     tmp_path: Path, smem_kb: tuple[int, ...] | None, sizes: tuple[int, ...]
 ) -> None:
     *units, registry = generate(tmp_path, (80, 90), smem_kb=smem_kb)
     line = f"using Sizes = BuiltSizes<{', '.join(f'SmemSize::k{size}' for size in sizes)}>;"
     assert all(line in path.read_text() for path in units)
-    assert f'kBuiltSmemKb = "{sizes[0]},{sizes[1]}";' in registry.read_text()
+    built = ",".join(map(str, sizes))
+    assert f'kBuiltSmemKb = "{built}";' in registry.read_text()
 
 
 def test_sizes_of_shared_memory_are_the_same_in_python_and_cpp() -> None:

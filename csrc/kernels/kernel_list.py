@@ -107,9 +107,13 @@ SMEM_KB_OF_ARCH: dict[int, int] = {
     **dict.fromkeys((80, 87), 163),
     **dict.fromkeys((86, 89, 120, 121), 99),
 }
+# Code of these runs on newer GPUs with less shared memory too: that of 8.0 on 8.6 and 8.9.
+ALSO_ON_KB: dict[int, int] = {80: 99}
 
 
 def smem_kb(archs: Iterable[int]) -> tuple[int, ...]:
     """Sizes that a build for archs needs, falling; the smallest for an architecture not known here."""
+    archs = tuple(archs)
     needed = {SMEM_KB_OF_ARCH.get(arch, min(SMEM_KB)) for arch in archs}
+    needed |= {ALSO_ON_KB[arch] for arch in archs if arch in ALSO_ON_KB}
     return tuple(size for size in SMEM_KB if size in needed)
