@@ -256,12 +256,11 @@ def attention(
     if lengths is not None:
         cu_seqlens_q, cu_seqlens_k, _, _, block_table, max_seqlen_q, max_seqlen_k = lengths
         statics = statics._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-    results = _record(
+    out, softmax_lse, probabilities, _ = _record(
         function,
         *(x, y, z, scale, softcap, alibi_slopes, None),
         *(cu_seqlens_q, cu_seqlens_k, block_table, tuple(statics)),
     )
-    out, softmax_lse, probabilities, _ = results
     if padding:
         out = out[..., :head_dim].contiguous()
     return (out, softmax_lse, probabilities) if return_attn_probs else out
@@ -312,14 +311,9 @@ def split_score(
             " softcap.detach(), or a number"
         )
     scale, cap = tensors
-    numbers = (
-        0.0 if scale is not None else _checks.read_number(softmax_scale),
-        causal,
-        left,
-        right,
-        0.0 if cap is not None else _checks.check_softcap(_checks.read_number(softcap)),
-    )
-    return numbers, scale, cap
+    softmax_scale = 0.0 if scale is not None else _checks.read_number(softmax_scale)
+    softcap = 0.0 if cap is not None else _checks.check_softcap(_checks.read_number(softcap))
+    return (softmax_scale, causal, left, right, softcap), scale, cap
 
 
 def gradient_of_scale(
@@ -337,11 +331,9 @@ def _unpack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v: views."""
     if y is None:
-        q, k, v = x.unbind(-3)
-        return q, k, v
-    if z is None:
-        k, v = y.unbind(-3)
-        return x, k, v
+        x, y, z = x.unbind(-3)
+    elif z is None:
+        y, z = y.unbind(-3)
     return x, y, z
 
 

@@ -70,7 +70,7 @@ def test_ratio_is_to_the_devices_own_tiles(ms, met):
     assert "backward, head_dim 128, causal" in bench_smem.row_line(row)
 
 
-def run(monkeypatch, tmp_path, attend):
+def run(monkeypatch, attend):
     """Rows and errors of one forward cell on the CPU, by an attention of the limits set so far."""
     extension = Extension()
 
@@ -91,13 +91,13 @@ def run(monkeypatch, tmp_path, attend):
     return bench_smem.run(extension, [163, 99], args)
 
 
-def test_cells_are_timed_in_turns(monkeypatch, tmp_path):
-    found = run(monkeypatch, tmp_path, lambda kb, out: out)
+def test_cells_are_timed_in_turns(monkeypatch):
+    found = run(monkeypatch, lambda kb, out: out)
     assert found["wrong"] == [] and found["rows"][0]["ratios"] == {"163": 1.0, "99": 1.0}
 
 
-def test_tiles_with_other_results_are_not_timed(monkeypatch, tmp_path):
-    found = run(monkeypatch, tmp_path, lambda kb, out: out * (1.1 if kb == 99 else 1))
+def test_tiles_with_other_results_are_not_timed(monkeypatch):
+    found = run(monkeypatch, lambda kb, out: out * (1.1 if kb == 99 else 1))
     assert found["rows"] == [] and "99" in found["wrong"][0] and "163" not in found["wrong"][0]
 
 

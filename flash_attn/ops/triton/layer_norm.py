@@ -234,23 +234,9 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x,
-        weight,
-        bias,
-        residual,
-        x1,
-        weight1,
-        bias1,
-        rowscale,
-        seeds,
-        eps,
-        dropout_p,
-        is_rms_norm,
-        zero_centered,
-        keeps_total,
-        out_dtype,
-        total_dtype,
-    ):
+        x, weight, bias, residual, x1, weight1, bias1, rowscale, seeds,
+        eps, dropout_p, is_rms_norm, zero_centered, keeps_total, out_dtype, total_dtype,
+    ):  # fmt: skip
         options = eps, dropout_p, is_rms_norm, zero_centered, keeps_total, out_dtype, total_dtype
         return ops.forward(x, weight, bias, residual, x1, weight1, bias1, rowscale, seeds, *options)
 
