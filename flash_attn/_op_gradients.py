@@ -48,6 +48,11 @@ class _Call:
         return tuple(self.given.get(name) for name in names)
 
     @property
+    def draws(self) -> bool:
+        """Whether it is a forward pass that draws a random state."""
+        return self.given["dropout_p"] > 0 and self.given["rng_state"] is None
+
+    @property
     def without_gradient(self) -> str | None:
         """An argument with which the operator has no gradient."""
         given = (name for name in _WITHOUT_GRADIENT if self.given.get(name) is not None)
@@ -139,7 +144,7 @@ def _backward(op: OpOverload, values: tuple) -> tuple[Tensor, ...]:
 
 def _forward_rule(op: OpOverload, info: Any, in_dims: tuple, values: tuple) -> tuple:
     call, dims = _Call(op, values), _Call(op, in_dims)
-    if call.given["dropout_p"] > 0 and info.randomness == "error":
+    if call.draws and info.randomness == "error":
         _transforms.raise_no_randomness(op._schema.name)
     if call.without_gradient is not None:
         raise NotImplementedError(f"{op._schema.name}: no vmap with {call.without_gradient}")
@@ -211,8 +216,7 @@ def _register_randomness(op: OpOverload) -> None:
     """Where vmap maps none of an operator's tensors, it does not ask the rule that is registered."""
 
     def kernel(*values: Any) -> Any:
-        given = _Call(op, values).given
-        if given["dropout_p"] > 0 and given["rng_state"] is None:
+        if _Call(op, values).draws:
             values = _draw_as_vmap_says(op, values)
         with torch._C._ExcludeDispatchKeyGuard(_VMAP_MODE):
             return op(*values)

@@ -7,6 +7,7 @@ key head ``i * heads_k + h // group``, as it did before.
 """
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 
 Apply = Callable[..., tuple[Tensor, ...]]
 Dims = Sequence[int | None]
+
+# Whether a call has the random state that the call before drew, to draw the same again.  A vmap around
+# may have folded that call: then it folds this one too.  A state that the caller gives is never folded.
+_repeats_a_draw = ContextVar("_repeats_a_draw", default=False)
 
 
 class Statics(NamedTuple):
@@ -31,8 +36,11 @@ def forward_rule(apply: Apply, info: Any, in_dims: tuple, arguments: tuple) -> t
     """vmap of ``FlashAttention``, which apply calls."""
     dims = outer_dims(in_dims)
     x, y, z, scale, softcap, slopes, state, cu_seqlens_q, *_, statics = arguments
-    is_masked_alike = Statics(*statics).dropout_p > 0 and info.randomness == "same"
-    if is_masked_alike or any(dims[i] is not None for i in (3, 4, 6, 7, 8, 9)):
+    # Folded, the examples have one random state, and with it masks of their own.
+    has_given_state = state is not None and not _repeats_a_draw.get()
+    is_masked_alike = has_given_state or info.randomness == "same"
+    is_looped = Statics(*statics).dropout_p > 0 and is_masked_alike
+    if is_looped or any(dims[i] is not None for i in (3, 4, 6, 7, 8, 9)):
         return _loop_forward(apply, info, dims, arguments)
 
     size = info.batch_size
@@ -57,12 +65,16 @@ def forward_rule(apply: Apply, info: Any, in_dims: tuple, arguments: tuple) -> t
 
 
 def _loop_forward(apply: Apply, info: Any, dims: list[int | None], arguments: tuple) -> tuple:
-    """Example after example: numbers or lengths of their own, or one mask for all."""
+    """Example after example: numbers, lengths or random states of their own, or one mask for all."""
     drawn: list[Tensor] = []
 
     def apply_one(*one: Any) -> tuple:
-        if drawn and info.randomness == "same":
-            one = (*one[:6], drawn[0], *one[7:])
+        if drawn and one[6] is None and info.randomness == "same":
+            token = _repeats_a_draw.set(True)
+            try:
+                return apply(*one[:6], drawn[0], *one[7:])
+            finally:
+                _repeats_a_draw.reset(token)
         results = apply(*one)
         drawn.append(results[3])
         return results

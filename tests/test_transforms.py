@@ -565,22 +565,22 @@ def test_operators_have_the_functions_derivatives(device: str) -> None:
     assert scale.grad.abs() > 0
 
 
-def masks_of_operator(qkv: Tensor, form: str, **given: Any) -> Callable[[Tensor], Tensor]:
-    """A function of something else that returns what the operator draws for qkv, S_dmask's signs."""
+def operator_of(qkv: Tensor, form: str, **given: Any) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of the forward operator that returns S_dmask too."""
     q, k, v = qkv.unbind(2)
     score = 0.5, 0.3, False, -1, -1, 0.0, None, True  # dropout_p first, return_softmax last
+    if form == "dense":
+        return lambda: torch.ops.flash_attn._flash_attn_forward(q, k, v, *score, **given)
+    cu, longest = lengths_of(qkv)
+    return lambda: torch.ops.flash_attn._flash_attn_varlen_forward(
+        *(t.flatten(0, 1) for t in (q, k, v)), cu, cu, longest, longest, *score, **given
+    )
 
-    def draw(x: Tensor) -> Tensor:
-        if form == "dense":
-            results = torch.ops.flash_attn._flash_attn_forward(q, k, v, *score, **given)
-        else:
-            cu, longest = lengths_of(qkv)
-            results = torch.ops.flash_attn._flash_attn_varlen_forward(
-                *(t.flatten(0, 1) for t in (q, k, v)), cu, cu, longest, longest, *score, **given
-            )
-        return results[2].signbit() | (x != x)
 
-    return draw
+def masks_of_operator(qkv: Tensor, form: str, **given: Any) -> Callable[[Tensor], Tensor]:
+    """A function of something else that returns what the operator draws for qkv, S_dmask's signs."""
+    call = operator_of(qkv, form, **given)
+    return lambda x: call()[2].signbit() | (x != x)
 
 
 @pytest.mark.parametrize("form", ["dense", "varlen"])
@@ -601,6 +601,33 @@ def test_operator_of_unmapped_tensors_draws_as_vmap_says(device: str, form: str)
     assert all(torch.equal(drawn_once, signs) for signs in vmap(given)(dummy))
 
 
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+@pytest.mark.parametrize("mapped", ["qkv", "rng_state", "both"])
+@pytest.mark.parametrize("form", ["dense", "varlen"])
+def test_operator_with_a_given_random_state_is_that_of_each_example(
+    device: str, form: str, mapped: str, randomness: str
+) -> None:
+    """Nothing is drawn: out, masks and gradients are those of one call after the other."""
+    qkv_dim, state_dim = (0 if mapped in (name, "both") else None for name in ("qkv", "rng_state"))
+    qkvs = make_qkv(device, *(() if qkv_dim is None else (EXAMPLES,)))
+    states = torch.tensor([[5, 8], [6, 8], [5, 8]], device=device)
+    states = states[0] if state_dim is None else states
+
+    def run(qkv: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        def loss(qkv: Tensor) -> tuple[Tensor, Tensor]:
+            out, _, probabilities, _ = operator_of(qkv, form, rng_state=state)()
+            return out.float().square().sum(), probabilities.signbit()
+
+        return torch.func.grad(loss, has_aux=True)(qkv)
+
+    ours = vmap(run, (qkv_dim, state_dim), randomness=randomness)(qkvs, states)
+    for i in range(EXAMPLES):
+        one = (x if dim is None else x[i] for x, dim in ((qkvs, qkv_dim), (states, state_dim)))
+        dqkv, signs = run(*one)
+        assert torch.equal(ours[1][i], signs)
+        assert_close(ours[0][i], dqkv)
+
+
 @pytest.mark.parametrize("outer", ["same", "different"])
 @pytest.mark.parametrize("inner", ["same", "different"])
 def test_operator_draws_for_each_of_two_vmaps(device: str, inner: str, outer: str) -> None:
@@ -609,6 +636,21 @@ def test_operator_draws_for_each_of_two_vmaps(device: str, inner: str, outer: st
     signs = vmap(vmap(draw, randomness=inner), randomness=outer)(dummy)
     assert torch.equal(signs[0, 0], signs[0, 1]) == (inner == "same")
     assert torch.equal(signs[0, 0], signs[1, 0]) == (outer == "same")
+    assert torch.equal(signs[0], signs[1]) == (outer == "same")
+
+
+@pytest.mark.parametrize("outer", ["same", "different"])
+@pytest.mark.parametrize("inner", ["same", "different"])
+def test_operator_of_tensors_that_two_vmaps_map_has_their_masks(
+    device: str, inner: str, outer: str
+) -> None:
+    qkv = make_qkv(device, 2, EXAMPLES)
+
+    def draw(x: Tensor) -> Tensor:
+        return masks_of_operator(x, "dense")(torch.zeros((), device=device))
+
+    signs = vmap(vmap(draw, randomness=inner), randomness=outer)(qkv)
+    assert torch.equal(signs[1, 0], signs[1, 1]) == (inner == "same")
     assert torch.equal(signs[0], signs[1]) == (outer == "same")
 
 
