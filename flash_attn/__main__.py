@@ -14,9 +14,9 @@ from flash_attn._head_dims import MAX_HEAD_DIM
 
 REBUILD = "in the source directory: pip install -v --no-build-isolation ."
 MINIMUM_CAPABILITY = (8, 0)
-# What the kernels of an isa are made of, and the GPUs that they run on.
+# What the kernels of an isa are made of, the GPUs that they run on, and what they leave to the next.
 ISAS = {
-    "sm90": "sm90 (wgmma, TMA): compute capability 9.0",
+    "sm90": "sm90 (wgmma, TMA): compute capability 9.0; without softcap, ALiBi, dropout",
     "sm80": "sm80 (mma.sync, cp.async): 8.0 and newer",
 }
 SERVES = {
@@ -43,7 +43,7 @@ def _gpus() -> list[tuple[str, tuple[int, int]]]:
 
 def _kernels(info: dict) -> list[str]:
     """The table of CUDA kernels: one row per pass and isa, in the order in which they are asked."""
-    rows = [("pass", "serves", "head_dim up to", "dtypes", "kernels")]
+    rows = [("pass", "serves", "head_dims built", "dtypes", "kernels")]
     for isa, name in dict.fromkeys((isa, name) for isa, name, _, _ in info["kernels"]):
         built = [(d, dtype) for i, n, d, dtype in info["kernels"] if (i, n) == (isa, name)]
         head_dims = ", ".join(map(str, sorted({head_dim for head_dim, _ in built})))
@@ -165,7 +165,8 @@ def report() -> str:
     if info is None:
         lines.append("  CUDA tensors: nothing in this installation")
     else:
-        lines.append("  CUDA tensors, each head_dim in the next kernel that holds it:")
+        lines.append("  CUDA tensors, each head_dim in the next kernel that holds it; of a pass,")
+        lines.append("  the first row whose kernels serve the call:")
         lines += [f"    {row}" for row in _kernels(info)]
         if info["isa"]:
             lines.append(f"  FLASH_ATTN_ISA={info['isa']}: kernels of other isas are not used")

@@ -4,7 +4,8 @@ Used by ``flash_attn_interface`` and ``_upstream`` before anything is launched, 
 Errors are RuntimeError, as users of the CUDA package know them.  Only comparisons of sizes and
 attributes: cheap, and traceable by torch.compile.
 
-``_checks_decode`` has what only decoding needs, ``_checks_data`` what reads tensors.
+``_checks_decode`` has what only decoding needs, ``_checks_data`` what reads tensors of lengths and
+pages.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Checks of what tensors hold: lengths, pages, entries of a cache; in the manner of ``_checks``.
 
-These alone read tensors: the operators call them on the CPU; on CUDA, where they wait for the device,
-the public functions do if the environment has FLASH_ATTN_CHECK_DEVICE_DATA=1.
+These alone read tensors of more than one element.  The operators call them on the CPU; on CUDA, where
+they wait for the device, the public functions do if the environment has
+FLASH_ATTN_CHECK_DEVICE_DATA=1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Checks of what decoding takes: queries, a cache of keys and values, new ones, rotary tables.
 
-Used by ``_decode`` before anything is launched, alike on every device; in the manner of ``_checks``.
+Used by ``_decode`` and ``_upstream`` before anything is launched, alike on every device; in the manner
+of ``_checks``.
 """
 
 from collections.abc import Sequence

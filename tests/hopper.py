@@ -17,14 +17,14 @@ MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count if I
 TABLE = Path(__file__).resolve().parents[1] / "csrc" / "kernels" / ISA / "tile_config.h"
 
 
-def tiles() -> dict[int, tuple[int, int, int]]:
-    """Rows of a query tile, keys of a block and stages of the ring, by built head dimension."""
+def tiles() -> dict[int, tuple[int, int, int, int]]:
+    """Rows of a query tile, keys of a block, stages of the ring, buffers for Q, by head dimension."""
     found = re.findall(
         r"(?:case (\d+)|default):[^\n]*\s+return {\.groups = (\d), \.block_n = (\d+), "
-        r"\.stages = (\d), \.q_buffers = \d};",
+        r"\.stages = (\d), \.q_buffers = (\d)};",
         TABLE.read_text(),
     )
-    return {int(d or 256): (64 * int(g), int(n), int(s)) for d, g, n, s in found}
+    return {int(d or 256): (64 * int(g), int(n), int(s), int(q)) for d, g, n, s, q in found}
 
 
 TILES = tiles()

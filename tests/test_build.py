@@ -1043,7 +1043,8 @@ def test_report_has_a_row_for_each_isa_of_a_pass(monkeypatch: pytest.MonkeyPatch
     assert ["sm90" in row for row in rows] == [True, False]
     assert {"64", "bf16,", "fp16"} <= set(rows[0]) and "128" not in rows[0]
     assert {"64,", "128", "sm80"} <= set(rows[1]) and "fp16" not in rows[1]
-    assert "FLASH_ATTN_ISA=sm80" in report
+    assert "FLASH_ATTN_ISA=sm80" in report and "of a pass,\n  the first row" in report
+    assert ["dropout" in row for row in rows] == [True, False]
 
 
 def test_report_knows_every_isa_and_pass() -> None:

@@ -6,7 +6,9 @@ that they ran.  Elsewhere the suite runs them too, as the first choice of a GPU 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,17 +40,30 @@ from test_varlen import check_forward as check_varlen_result
 from test_varlen import fill_beside, int32, only_keys, run_forward
 from torch import Tensor
 
+from csrc.kernels import kernel_list
 from flash_attn import flash_attn_func, flash_attn_with_kvcache
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "hopper.md"
 
 
 def test_tile_table_is_read() -> None:
-    assert list(TILES) == [64, 96, 128, 192, 256]
+    assert tuple(TILES) == kernel_list.ONLY_HEAD_DIMS[ISA]
+
+
+def test_page_about_hopper_has_the_tiles_of_the_table() -> None:
+    rows = re.findall(r"^\|" + r" (\d+) \|" * 7, PAGE.read_text(), re.MULTILINE)
+    found = {d: numbers for d, *numbers in (map(int, row) for row in rows)}
+    want = {
+        d: [m // 64, m, n, stages, buffers, 2 * d * (stages * n + buffers * m) // 1024]
+        for d, (m, n, stages, buffers) in TILES.items()
+    }
+    assert found == want
 
 
 # Keys around the ends of the ring, whose stages K and V share; windows have masks at both ends.
 RING = [
     AttnCase(200, keys, (2, 1), d, mask, dtype, window=window)
-    for (d, (_, block_n, stages)), dtype in zip(TILES.items(), ("bf16", "fp16") * 3)
+    for (d, (_, block_n, stages, _)), dtype in zip(TILES.items(), ("bf16", "fp16") * 3)
     for keys, mask, window in (
         (1, Mask.none, (-1, -1)),
         (block_n, Mask.none, (-1, -1)),

@@ -92,7 +92,8 @@ def test_graphs_on_two_streams_at_once(device: str, case: AttnCase, pinned_to_sm
         assert_bitwise("out", out, expected, case)
 
 
-CANARY, SMALL_BYTES, UNIT_BYTES = 0x5A, 1 << 20, 512  # the allocator's small blocks and its unit
+CANARY = 0x5A
+SMALL_BYTES, GRANULE_BYTES = 1 << 20, 512  # the allocator's small blocks, and what it rounds to
 
 
 BESIDE = [
@@ -150,12 +151,12 @@ def assert_beside_is_untouched(call: Callable[[], tuple[Tensor, ...]], case: obj
         begin = min(t.data_ptr() for t in filled)
         del filled
         results = call()
-        used = sum(-(-t.nbytes // UNIT_BYTES) for t in results)
+        used = sum(-(-t.nbytes // GRANULE_BYTES) for t in results)
         rest = [
-            torch.empty(UNIT_BYTES, dtype=torch.uint8, device="cuda")
-            for _ in range(2 * SMALL_BYTES // UNIT_BYTES - used)
+            torch.empty(GRANULE_BYTES, dtype=torch.uint8, device="cuda")
+            for _ in range(2 * SMALL_BYTES // GRANULE_BYTES - used)
         ]
     outside = [t for t in (*results, *rest) if not 0 <= t.data_ptr() - begin < 2 * SMALL_BYTES]
     assert not outside, "the allocator took other memory: nothing was tested"
     changed = (torch.stack(rest) != CANARY).any(1).nonzero().flatten().tolist()
-    assert not changed, f"units of {UNIT_BYTES} bytes beside out and lse: {changed}; case {case}"
+    assert not changed, f"runs of {GRANULE_BYTES} bytes beside out and lse: {changed}; case {case}"

@@ -30,24 +30,24 @@ class Waves:
     per_sm: int
 
     @property
-    def slots(self) -> int:
+    def at_once(self) -> int:
         """Thread blocks that run at once."""
         return self.sms * self.per_sm
 
     @property
     def waves(self) -> float:
-        """Grid over slots."""
-        return self.blocks / self.slots
+        """Grid over the thread blocks that run at once."""
+        return self.blocks / self.at_once
 
     @property
     def efficiency(self) -> float:
-        """Share of the slots that are in use, averaged over whole waves."""
-        return self.waves / ceil_div(self.blocks, self.slots)
+        """Share of these places that are in use, averaged over whole waves."""
+        return self.waves / ceil_div(self.blocks, self.at_once)
 
     @property
     def idle_sms(self) -> int:
         """Multiprocessors without a thread block in the last wave, which for a small grid is the only one."""
-        last = self.blocks - (ceil_div(self.blocks, self.slots) - 1) * self.slots
+        last = self.blocks - (ceil_div(self.blocks, self.at_once) - 1) * self.at_once
         return max(0, self.sms - last)
 
 
