@@ -208,7 +208,7 @@ def is_built(case: Case) -> bool:
 
 
 def built_isas(pass_name: str) -> list[str]:
-    """Isas with kernels of a pass in this build, the newest first; none where CUDA cannot be tested."""
+    """Isas whose kernels of a pass this build has for this GPU, the newest first; none without CUDA."""
     build = cuda_build()
     if build is None:
         return []
@@ -217,9 +217,12 @@ def built_isas(pass_name: str) -> list[str]:
     listed = dict.fromkeys(isa for isa, name, _, _ in build["kernels"] if name == pass_name)
     # An isa may be listed for its test unit alone.
     found = [isa for isa in listed if pass_name in kernel_list.PASSES[isa]]
-    # With less shared memory than the GPU's, sm80's serve alone.
+    # An isa of few architectures serves on GPUs of these alone, with all of their shared memory.
+    major, minor = torch.cuda.get_device_capability()
     is_lowered = 0 < SMEM_LIMIT_KB < device_smem_kb()
-    return [isa for isa in found if isa == "sm80" or not is_lowered]
+    archs = () if is_lowered else (10 * major + minor,)
+    only_for = kernel_list.ONLY_FOR
+    return [isa for isa in found if isa not in only_for or set(archs) & set(only_for[isa])]
 
 
 def device_smem_kb() -> int:

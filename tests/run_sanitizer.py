@@ -4,6 +4,9 @@
     python3 tests/run_sanitizer.py --tool memcheck       the same under the sanitizer (also racecheck,
                                                          initcheck, synccheck); exit status 1 on any finding
 
+These are the kernels that calls take.  With FLASH_ATTN_ISA=sm80 in the environment they are sm80's, also
+where the GPU has newer ones.
+
 Cases: forward and backward (default and deterministic) of every built head dimension and dtype, causal
 and full, ragged lengths with more queries than keys and the reverse, grouped heads; then windows,
 softcap, ALiBi and dropout with S_dmask, sequences of different lengths, pages, and decoding: few and

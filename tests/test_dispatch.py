@@ -54,6 +54,7 @@ def test_decoding_kernels_of_each_isa_match_the_oracle(
 def test_calls_take_the_newest_isa_that_serves(device: str, case: AttnCase, pin_isa) -> None:
     """Of the forward pass.  A unit that serves nothing, first in its table, changes nothing."""
     x = make_inputs(case, device)
+    pin_isa("")
     want = run_flash(x.q, x.k, x.v, causal=case.causal)
     unit_dim = next(d for d in HEAD_DIMS if d >= case.head_dim)
     kernels = cuda_build()["kernels"]
@@ -67,7 +68,7 @@ def test_an_isa_that_does_not_serve_is_named(device: str, pin_isa) -> None:
     """With FLASH_ATTN_TEST_UNITS=1 at build time: the unit is built, listed, and serves nothing."""
     unit = kernel_list.TEST_UNIT
     built = (unit.isa, unit.pass_name, unit.head_dim, unit.dtype)
-    if cuda_build()["kernels"].count(built) <= (unit.isa in built_isas("fwd")):
+    if cuda_build()["kernels"].count(built) < 2:  # the other one is the isa's own
         pytest.skip("needs a build with FLASH_ATTN_TEST_UNITS=1")
     q = torch.zeros(1, 8, 1, unit.head_dim, dtype=torch.bfloat16, device=device)
     softcap = 5.0  # no kernel of this isa has it
