@@ -55,12 +55,12 @@ def flash_attn_with_kvcache(
             (total_q, heads_q, head_dim).  fp16 or bf16 on CUDA; on the CPU fp32 and fp64 besides.
         k_cache: (batch_cache, seqlen_cache, heads_k, head_dim); or with a block_table paged,
             (num_blocks, page_size, heads_k, head_dim), page_size a multiple of 16.  Of q's dtype and
-            device, the last stride being 1.  If head_dim is a multiple of 8, the cache is used where
-            it is, and on CUDA the other strides must be multiples of 8 too.  Else the cache may have
-            the next multiple, in zeros beyond head_dim.  A cache of head_dim itself is written in
-            place too, but every call on CUDA copies what it uses of it to attend to: the entries or
-            pages of the sequences, all rows of them unless cache_seqlens is an integer.  That is
-            announced once by a warning.
+            device, the last stride being 1, or any where head_dim is 1.  If head_dim is a multiple of
+            8, the cache is used where it is, and on CUDA the other strides must be multiples of 8
+            too.  Else the cache may have the next multiple, in zeros beyond head_dim.  A cache of
+            head_dim itself is written in place too, but every call on CUDA copies what it uses of it
+            to attend to: the entries or pages of the sequences, all rows of them unless cache_seqlens
+            is an integer.  That is announced once by a warning.
         v_cache: the same shape as k_cache.  If k and v are given, the two must overlap in memory
             neither each other nor themselves, as an expanded tensor does.
         k: (batch, seqlen_new, heads_k, head_dim): new keys, written to the rows cache_seqlens[b] to

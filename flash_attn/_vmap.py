@@ -1,9 +1,9 @@
 """How vmap of torch.func goes through attention: rules that fold its dimension into one of ours.
 
-Used by ``_autograd`` and ``_merge``.  Attention has two dimensions along which nothing is summed, and a
-rule moves vmap's dimension there: to the batch, or for variable length, where sequences follow each
-other in one dimension, to the heads.  Query head ``i * heads_q + h`` of the folded tensors attends with
-key head ``i * heads_k + h // group``, as it did before.
+Used by ``_autograd``, ``_op_gradients`` and ``_merge``.  Attention has two dimensions along which
+nothing is summed, and a rule moves vmap's dimension there: to the batch, or for variable length, where
+sequences follow each other in one dimension, to the heads.  Query head ``i * heads_q + h`` of the
+folded tensors attends with key head ``i * heads_k + h // group``, as it did before.
 """
 
 from collections.abc import Callable, Sequence
