@@ -5,6 +5,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -111,21 +112,19 @@ def missing_pieces(
         unbuilt = ", ".join(name for name in SERVES if name not in _passes(info))
         if unbuilt:
             missing.append(f"kernels for {unbuilt} in flash_attn_2_cuda: {REBUILD}")
-    for name, capability in gpus:
+    for (name, capability), kb in zip_longest(gpus, allowed):
         target = 10 * capability[0] + capability[1]
         if capability < MINIMUM_CAPABILITY:
             missing.append(f"{name} is sm_{target}; the CUDA kernels need sm_80 or newer")
-        elif info is not None and not _runs_on(info["archs"], capability):
-            missing.append(
-                f"kernels for {name} (sm_{target}): FLASH_ATTN_CUDA_ARCHS={target}, then {REBUILD}"
-            )
-    for (name, capability), kb in zip(gpus, allowed, strict=False):
-        if info is not None and not tiles_for(info["smem_kb"], kb):
-            built, target = ", ".join(map(str, info["smem_kb"])), 10 * capability[0] + capability[1]
-            missing.append(
-                f"tiles for the {kb} KB of shared memory of {name} (built: {built} KB): "
-                f"FLASH_ATTN_CUDA_ARCHS={target}, then {REBUILD}"
-            )
+        elif info is not None:
+            archs = ";".join(map(str, sorted({*info["archs"], target})))
+            rebuild = f'FLASH_ATTN_CUDA_ARCHS="{archs}", then {REBUILD}'
+            built = ", ".join(map(str, info["smem_kb"]))
+            if not _runs_on(info["archs"], capability):
+                missing.append(f"kernels for {name} (sm_{target}): {rebuild}")
+            elif kb is not None and not tiles_for(info["smem_kb"], kb):
+                memory = f"the {kb} KB of shared memory of {name} (built: {built} KB)"
+                missing.append(f"tiles for {memory}: {rebuild}")
     return missing
 
 

@@ -1078,7 +1078,21 @@ def test_report_says_which_tiles_a_gpu_gets(
 
 def test_missing_tiles_are_named_with_what_is_built() -> None:
     (piece,) = flash_main.missing_pieces(INFO, "13.0", [("L4", (8, 9))], True, [99])
-    assert "99 KB of shared memory of L4 (built: 163 KB): FLASH_ATTN_CUDA_ARCHS=89" in piece
+    assert '99 KB of shared memory of L4 (built: 163 KB): FLASH_ATTN_CUDA_ARCHS="80;89"' in piece
+
+
+@pytest.mark.parametrize(
+    "gpu, kb, words",
+    [("T4", 64, "T4 is sm_75"), ("RTX 5090", 99, "kernels for RTX 5090 (sm_120)")],
+)
+def test_a_gpu_whose_code_is_missing_is_named_once(gpu: str, kb: int, words: str) -> None:
+    """Not also for tiles; what is advised, the build accepts, and it keeps what is built."""
+    capability = {"T4": (7, 5), "RTX 5090": (12, 0)}[gpu]
+    info = INFO | {"archs": [80, 90], "smem_kb": [227, 163]}
+    (piece,) = flash_main.missing_pieces(info, "13.0", [(gpu, capability)], True, [kb])
+    assert words in piece
+    for archs in re.findall(r'ARCHS="(.*?)"', piece):
+        assert build_config.parse_archs(archs) == (80, 90, 120)
 
 
 H200 = ("H200", (9, 0))
@@ -1091,7 +1105,7 @@ NO_DECODE = [kernel for kernel in INFO["kernels"] if kernel[1] != "decode"]
         (None, None, [], False, ["a CUDA build of torch"]),
         (None, "13.0", [], False, ["a visible GPU", "CUDA 13.0 toolkit", "the extension"]),
         (None, "13.0", [H200], True, ["the extension flash_attn_2_cuda"]),
-        (INFO, "13.0", [H200], True, ["FLASH_ATTN_CUDA_ARCHS=90"]),
+        (INFO, "13.0", [H200], True, ['FLASH_ATTN_CUDA_ARCHS="80;90"']),
         (INFO, "13.0", [("T4", (7, 5))], True, ["T4 is sm_75"]),
         (INFO, "13.0", [("A100", (8, 0))], True, []),
         (INFO, "13.0", [("L4", (8, 9))], True, []),

@@ -5,7 +5,7 @@
 //   step     for each block before it: S of this block and O += P V of the one after it are issued together; softmax beside the second
 //   end      O += P V of the first block
 //
-// A tile's first product beside the last one of the tile before was tried: 3 to 5 % slower.
+// A tile's first product beside the last one of the tile before was tried: 3 to 6 % slower (docs/hopper.md).
 // Warpgroups are not kept in step: one's softmax fills the tensor cores' time with the other's products by itself.
 #include "pieces/compiler.cuh"
 #include "pieces/mask.cuh"
