@@ -49,11 +49,12 @@ struct Problem {
   DType dtype;
   MaskKind mask;
   int batch, heads_q, heads_kv, head_dim, seqlen_q, seqlen_k;  // seqlen: the largest, of sequences
-  int window_left, window_right;                               // kLocal
-  float scale;                                                 // softmax_scale, not negative
-  float softcap;                                               // 0: none
-  ScoreUnit unit;                                              // follows from these two
-  float const* alibi_slopes;                                   // (heads_q) or (batch, heads_q)
+  int head_dim_v;                 // of v and out: head_dim, but for some forward passes
+  int window_left, window_right;  // kLocal
+  float scale;                    // softmax_scale, not negative
+  float softcap;                  // 0: none
+  ScoreUnit unit;                 // follows from these two
+  float const* alibi_slopes;      // (heads_q) or (batch, heads_q)
   int64_t alibi_batch_stride;
   int const *cu_seqlens_q, *cu_seqlens_k, *seqused_k, *leftpad_k;  // device; int32
   int total_q, total_k;

@@ -40,6 +40,34 @@ Entry<Params> const* choose(Entry<Params> const* const* entries, Params const& p
                 {pinned_number(), &capability_of_call});
 }
 
+// What kernels for v of another head dimension serve: "from 129 to 192 with v's up to 128".
+std::string value_head_dims() {
+  std::string list;
+  for (HeadDimPair const& pair : kValueHeadDims) {
+    int least = 1;
+    for (int built : kHeadDims) { least = built < pair.qk ? built + 1 : least; }
+    list += (list.empty() ? "from " : ", from ") + std::to_string(least) + " to " +
+            std::to_string(pair.qk) + " with v's up to " + std::to_string(pair.v);
+  }
+  return list;
+}
+
+// Why no entry serves v with a head dimension of its own.
+template <class Params>
+Status nothing_serves_v(Entry<Params> const* const* entries, Problem const& problem) {
+  return failure(
+      cudaErrorInvalidValue,
+      "no kernel for head_dim %d of q and k with head_dim %d of v, %s, serves this call on this "
+      "GPU: where they differ there are sm90's kernels alone, for the forward pass on GPUs of "
+      "compute capability 9.0, q's head_dim %s (built: %s; head_dim %s; dtype %s; allowed by "
+      "FLASH_ATTN_ISA: %s)",
+      problem.head_dim, problem.head_dim_v, name_of(problem.dtype), value_head_dims().c_str(),
+      list_of(entries, [](auto const& entry) { return name_of(entry.isa); }).c_str(),
+      list_of(entries, [](auto const& entry) { return std::to_string(entry.head_dim); }).c_str(),
+      list_of(entries, [](auto const& entry) { return name_of(entry.dtype); }).c_str(),
+      *pinned_isa() ? pinned_isa() : "all");
+}
+
 // Why no entry serves.
 template <class Params>
 Status nothing_serves(Entry<Params> const* const* entries, Params const& params) {
@@ -54,6 +82,7 @@ Status nothing_serves(Entry<Params> const* const* entries, Params const& params)
                    "FLASH_ATTN_TEST_SMEM_KB=%.64s is no size of shared memory: 99, 163 or 227",
                    text);
   }
+  if (!has_one_head_dim(problem)) { return nothing_serves_v(entries, problem); }
   bool is_built = false;
   for (auto entry = entries; *entry; ++entry) {
     is_built |= is_for(**entry, head_dim, problem.dtype);

@@ -11,6 +11,11 @@ namespace flash {
 
 enum class Isa : int { kSm80 = 80, kSm90 = 90 };
 
+// Whether v and out have the head dimension of q and k.
+inline bool has_one_head_dim(Problem const& problem) {
+  return problem.head_dim_v == problem.head_dim;
+}
+
 // Memory that a plan asked for.
 struct Scratch {
   void* workspace;  // the caller's

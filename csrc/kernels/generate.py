@@ -80,6 +80,7 @@ def registry_source(units: Sequence[Unit], archs: Iterable[int], smem_kb: Iterab
 
 def head_dims_header() -> str:
     """Text of csrc/kernels/head_dims.h."""
+    pairs = [pair for of_isa in kernel_list.VALUE_HEAD_DIMS.values() for pair in of_isa]
     return f"""\
 #pragma once
 {_MARK}the head dimensions of kernel_list.py.
@@ -97,6 +98,13 @@ constexpr int built_head_dim(int head_dim) {{
   }}
   return 0;
 }}
+
+// Head dimensions of q and k, and of v, for which there are forward kernels where the two differ.  A call runs in a pair whose first is
+// q's built one, and whose second is not smaller than v's.
+struct HeadDimPair {{
+  int qk, v;
+}};
+constexpr HeadDimPair kValueHeadDims[] = {{{", ".join(f"{{{qk}, {v}}}" for qk, v in pairs)}}};
 
 }}  // namespace flash
 """

@@ -17,6 +17,10 @@ DTYPES: tuple[str, ...] = ("fp16", "bf16")
 PASSES: dict[str, tuple[str, ...]] = {"sm90": ("fwd",), "sm80": ("fwd", "bwd", "decode")}
 # Head dimensions of isas that do not have all: the others stay with the next isa.
 ONLY_HEAD_DIMS: dict[str, tuple[int, ...]] = {"sm90": (64, 96, 128, 192, 256)}
+# Pairs of a head dimension of q and k and one of v for which an isa has forward kernels where the two
+# differ.  A call runs in a pair whose first is the next of HEAD_DIMS that holds q's, and whose second
+# is not smaller than v's.
+VALUE_HEAD_DIMS: dict[str, tuple[tuple[int, int], ...]] = {"sm90": ((192, 128),)}
 # Architectures for which an isa's kernels are compiled.  Those of isas that are not here are
 # compiled for every architecture of a build.
 ONLY_FOR: dict[str, tuple[int, ...]] = {"sm90": (90,)}

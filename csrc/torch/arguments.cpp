@@ -103,10 +103,10 @@ Problem make_problem(at::Tensor const& q, bool is_ragged, ProblemShape const& sh
   problem.batch    = int(shape.batch);
   problem.heads_q  = int(q.size(-2));
   problem.heads_kv = int(shape.heads_kv);
-  problem.head_dim = int(q.size(-1));
-  problem.seqlen_q = int(shape.seqlen_q);
-  problem.seqlen_k = int(shape.seqlen_k);
-  problem.scale    = float(std::abs(options.softmax_scale));
+  problem.head_dim = problem.head_dim_v = int(q.size(-1));
+  problem.seqlen_q                      = int(shape.seqlen_q);
+  problem.seqlen_k                      = int(shape.seqlen_k);
+  problem.scale                         = float(std::abs(options.softmax_scale));
   TORCH_CHECK(options.softcap >= 0.0, "softcap must be 0 (off) or positive; got ", options.softcap);
   problem.softcap = float(options.softcap);
   problem.unit    = score_unit(problem.scale, problem.softcap);

@@ -47,7 +47,8 @@ struct ProblemShape {
   int64_t batch, heads_kv, seqlen_q, seqlen_k;
 };
 
-// Fills what every pass needs, for q (..., heads, head_dim); is_ragged: with rows of all sequences in one dimension.
+// Fills what every pass needs, for q (..., heads, head_dim); is_ragged: with rows of all sequences in one dimension.  v has the head
+// dimension of q: where it may have another, the caller sets head_dim_v.
 Problem make_problem(at::Tensor const& q, bool is_ragged, ProblemShape const& shape,
                      Options const& options);
 

@@ -26,6 +26,11 @@ void backward(Saved const& saved, Lengths const* lengths, Options const& options
               at::Tensor const& dv_out) {
   at::Tensor const &q_in = saved.q, &k_in = saved.k, &v_in = saved.v;
   check_qkv(q_in, k_in, v_in, lengths ? 3 : 4);
+  TORCH_CHECK(
+      v_in.size(-1) == q_in.size(-1),
+      "v: its head_dim must equal q's in the backward pass, which has no kernels where they "
+      "differ; got ",
+      v_in.size(-1), " and ", q_in.size(-1));
   check_like(saved.dout, "dout", q_in, q_in.sizes());
   check_like(saved.out, "out", q_in, q_in.sizes());
   check_rows(saved.softmax_lse, "softmax_lse", q_in);

@@ -87,12 +87,14 @@ void check_generator(pybind11::object const& generator) {
               "used");
 }
 
-// The result has q's shape and dtype.  Checked before anything is launched.
-void check_out(OptionalTensor const& out_, at::Tensor const& q) {
+// The result has q's shape, with v's head dimension, and q's dtype.  Checked before anything is launched.
+void check_out(OptionalTensor const& out_, at::Tensor const& q, at::Tensor const& v) {
   if (!out_) { return; }
-  TORCH_CHECK(out_->sizes() == q.sizes() && out_->scalar_type() == q.scalar_type(),
-              "out_: must have shape ", q.sizes(), " and dtype ", q.scalar_type(), "; got ",
-              out_->sizes(), " and ", out_->scalar_type());
+  at::DimVector shape(q.sizes());
+  if (q.dim() > 0 && v.dim() > 0) { shape.back() = v.size(-1); }
+  TORCH_CHECK(out_->sizes() == shape && out_->scalar_type() == q.scalar_type(),
+              "out_: must have shape ", at::IntArrayRef(shape), " and dtype ", q.scalar_type(),
+              "; got ", out_->sizes(), " and ", out_->scalar_type());
   flash::check_written({{"out_", *out_}});
 }
 
@@ -106,7 +108,7 @@ Tensors fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_,
             int64_t left, int64_t right, double softcap, bool return_softmax,
             pybind11::object generator) {
   check_generator(generator);
-  check_out(out_, q);
+  check_out(out_, q, v);
   TORCH_CHECK(!return_softmax || p_dropout > 0,
               "return_softmax is only supported when p_dropout > 0.0");
   auto [out, lse, probs, rng_state] =
@@ -124,7 +126,7 @@ Tensors varlen_fwd(at::Tensor q, at::Tensor k, at::Tensor v, OptionalTensor out_
                    int64_t left, int64_t right, double softcap, bool return_softmax,
                    pybind11::object generator, int64_t num_splits) {
   check_generator(generator);
-  check_out(out_, q);
+  check_out(out_, q, v);
   TORCH_CHECK(!return_softmax || p_dropout > 0,
               "return_softmax is only supported when p_dropout > 0.0");
   auto [out, lse, probs, rng_state] = flash::flash_attn_varlen_forward(
@@ -175,7 +177,7 @@ Tensors fwd_kvcache(at::Tensor q, at::Tensor k_cache, at::Tensor v_cache, Option
                     OptionalTensor alibi_slopes, OptionalTensor out_, double softmax_scale,
                     bool causal, int64_t left, int64_t right, double softcap,
                     bool rotary_interleaved, int64_t num_splits) {
-  check_out(out_, q);
+  check_out(out_, q, q);
   TORCH_CHECK(k.has_value() == v.has_value(),
               "k and v: If key is supplied, value must also be passed in");
   TORCH_CHECK(!k || seqlens_k, "seqlens_k: If key is supplied, seqlens_k must also be passed in");

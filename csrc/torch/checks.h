@@ -53,7 +53,7 @@ inline void check_integers(at::Tensor const& tensor, char const* name, at::Tenso
               "); got ", tensor.sizes());
 }
 
-// dims: 4 for (batch, seqlen, heads, head_dim), 3 for (total, heads, head_dim).
+// dims: 4 for (batch, seqlen, heads, head_dim), 3 for (total, heads, head_dim).  v may have a head_dim of its own.
 inline void check_qkv(at::Tensor const& q, at::Tensor const& k, at::Tensor const& v, int64_t dims) {
   TORCH_CHECK(q.is_cuda(), "q must be on CUDA; got ", q.device());
   TORCH_CHECK(q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16,
@@ -68,9 +68,13 @@ inline void check_qkv(at::Tensor const& q, at::Tensor const& k, at::Tensor const
   TORCH_CHECK(heads_kv > 0 && heads_q % heads_kv == 0,
               "k: Number of heads in key/value must divide number of heads in query; got ",
               heads_kv, " and ", heads_q);
-  int64_t const sizes[] = {q.size(0), k.size(dims - 3), heads_kv, head_dim};
+  int64_t sizes[] = {q.size(0), k.size(dims - 3), heads_kv, head_dim};
   at::IntArrayRef const shape(sizes + 4 - dims, size_t(dims));
   check_like(k, "k", q, shape);
+  int64_t const head_dim_v = v.dim() == dims ? v.size(-1) : head_dim;
+  TORCH_CHECK(head_dim_v <= kMaxHeadDim && head_dim_v % 8 == 0 && head_dim_v > 0,
+              "v: head_dim must be a multiple of 8 from 8 to ", kMaxHeadDim, "; got ", head_dim_v);
+  sizes[3] = head_dim_v;
   check_like(v, "v", q, shape);
 }
 

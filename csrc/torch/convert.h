@@ -1,6 +1,7 @@
 #pragma once
 // at::Tensor to the seam's plain structs.
 #include <ATen/ATen.h>
+#include <ATen/core/DimVector.h>
 #include <ATen/cuda/EmptyTensor.h>
 
 #include "flash.h"
@@ -28,6 +29,12 @@ inline at::Tensor new_tensor(at::IntArrayRef shape, at::ScalarType dtype, at::Te
 }
 inline at::Tensor new_like(at::Tensor const& tensor) {
   return new_tensor(tensor.sizes(), tensor.scalar_type(), tensor);
+}
+// An out for q and v, with the head dimension of v.
+inline at::Tensor new_out(at::Tensor const& q, at::Tensor const& v) {
+  at::DimVector shape(q.sizes());
+  shape.back() = v.size(-1);
+  return new_tensor(shape, q.scalar_type(), q);
 }
 // A softmax_lse for q.
 inline at::Tensor new_lse(at::Tensor const& q) {

@@ -22,13 +22,14 @@ std::tuple<at::Tensor, at::Tensor> attend(at::Tensor const& q_in, at::Tensor con
   at::Tensor const q = aligned(options.softmax_scale < 0 ? q_in.neg() : q_in), k = aligned(k_in),
                    v = aligned(v_in);
 
-  at::Tensor out = new_like(q), lse = new_lse(q);
-  FwdParams const params{make_problem(q, k, lengths, options),
-                         ref(q),
-                         ref(k),
-                         ref(v),
-                         ref(out),
-                         lse.data_ptr<float>()};
+  at::Tensor out = new_out(q, v), lse = new_lse(q);
+  FwdParams params{make_problem(q, k, lengths, options),
+                   ref(q),
+                   ref(k),
+                   ref(v),
+                   ref(out),
+                   lse.data_ptr<float>()};
+  params.problem.head_dim_v = int(v.size(-1));
   if (k.numel() == 0) {  // rows that see no key
     out.zero_();
     lse.fill_(std::numeric_limits<float>::infinity());

@@ -30,7 +30,8 @@ FwdEntry const* const nothing[]  = {nullptr};
 
 FwdParams call(int head_dim, DType dtype = DType::kBf16, MaskKind mask = MaskKind::kCausal) {
   FwdParams params{};
-  params.problem.head_dim = head_dim, params.problem.dtype = dtype, params.problem.mask = mask;
+  params.problem.head_dim = params.problem.head_dim_v = head_dim;
+  params.problem.dtype = dtype, params.problem.mask = mask;
   return params;
 }
 

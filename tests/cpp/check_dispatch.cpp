@@ -46,9 +46,10 @@ int* zeroed_counters(int64_t count, cudaStream_t) {
 
 template <class Params, Isa kIsa>
 struct Kernels {
-  // sm90: masks that are causal.
+  // sm80: one head dimension.  sm90: masks that are causal.
   static bool serves(Params const& params) {
-    return kIsa == Isa::kSm80 || params.problem.mask == MaskKind::kCausal;
+    return kIsa == Isa::kSm80 ? has_one_head_dim(params.problem)
+                              : params.problem.mask == MaskKind::kCausal;
   }
   static void plan(Params const& params, Plan& plan) {
     seen.planned = int(kIsa), seen.planned_kb = plan.smem_kb;
@@ -87,7 +88,8 @@ char const* const kBuiltSmemKb            = "227,163";
 template <class Params>
 Params call(MaskKind mask, int head_dim = 64, DType dtype = DType::kBf16) {
   Params params{};
-  params.problem.mask = mask, params.problem.head_dim = head_dim, params.problem.dtype = dtype;
+  params.problem.head_dim = params.problem.head_dim_v = head_dim;
+  params.problem.mask = mask, params.problem.dtype = dtype;
   params.problem.batch = 7;
   return params;
 }
@@ -155,6 +157,17 @@ void check_messages() {
   expect_failure("head dimension that is not built",
                  launch_fwd(call<FwdParams>(MaskKind::kNone, 72), nullptr),
                  {"head_dim 72", "the kernel for head_dim 96", "FLASH_ATTN_HEAD_DIMS"});
+  FwdParams narrow          = call<FwdParams>(MaskKind::kNone);
+  narrow.problem.head_dim_v = 32;
+  seen                      = {};
+  expect_failure("head dimension of v that no kernel serves", launch_fwd(narrow, nullptr),
+                 {"head_dim 64 of q and k with head_dim 32 of v, bf16", "forward pass",
+                  "compute capability 9.0", "from 129 to 192 with v's up to 128",
+                  "built: sm90,sm80; head_dim 64; dtype bf16", "FLASH_ATTN_ISA: all)"});
+  expect(seen.launched == 0, "launched without a kernel for v's head dimension");
+  narrow.problem.mask = MaskKind::kCausal;
+  expect(launch_fwd(narrow, nullptr).code == cudaSuccess && seen.launched == 90,
+         "v of its own head dimension: launched by sm%d", seen.launched);
   result = cudaErrorNoKernelImageForDevice;
   expect_failure("failed launch", launch_fwd(call<FwdParams>(MaskKind::kNone), nullptr),
                  {"sm80", "head_dim 64, bf16", "what CUDA says", "80,90", "tiles for 227,163 KB",

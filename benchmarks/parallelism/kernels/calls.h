@@ -56,7 +56,8 @@ inline flash::Problem dense_problem(int batch, int seqlen, int heads, int head_d
   flash::Problem problem{};
   problem.dtype = flash::DType::kBf16;
   problem.mask  = causal ? flash::MaskKind::kCausal : flash::MaskKind::kNone;
-  problem.batch = batch, problem.heads_q = problem.heads_kv = heads, problem.head_dim = head_dim;
+  problem.batch = batch, problem.heads_q = problem.heads_kv = heads;
+  problem.head_dim = problem.head_dim_v = head_dim;
   problem.seqlen_q = problem.seqlen_k = seqlen;
   problem.window_left = problem.window_right = flash::kUnlimited;
   problem.scale                              = scale;

@@ -72,22 +72,30 @@ struct Inputs {
   at::Tensor const &q, &k, &v;
 };
 
+bool is_served_head_dim(int64_t head_dim) {
+  constexpr int64_t kHeadDimMultiple = 8;
+  return head_dim > 0 && head_dim <= kMaxHeadDim && head_dim % kHeadDimMultiple == 0;
+}
+
 // q, k and v whose shapes, dtypes, devices and layouts the operators take as they are.  dims: 4, or 3 for ragged tensors.
 std::optional<Inputs> served_inputs(PyObject* const* arguments, int64_t dims) {
-  constexpr int64_t kHeadDimMultiple = 8;
   at::Tensor const *q_given = plain_tensor(arguments[0]), *k_given = plain_tensor(arguments[1]),
                    *v_given = plain_tensor(arguments[2]);
   if (!q_given || !k_given || !v_given) { return {}; }
   at::Tensor const &q = *q_given, &k = *k_given, &v = *v_given;
-  if (q.dim() != dims || k.dim() != dims || k.sizes() != v.sizes()) { return {}; }
+  bool const have_dims = q.dim() == dims && k.dim() == dims && v.dim() == dims;
+  if (!have_dims || k.sizes().slice(0, dims - 1) != v.sizes().slice(0, dims - 1)) { return {}; }
+  // Of v with a head dimension of its own there are no gradients: Python says so.
+  bool const has_own_head_dim = v.size(-1) != q.size(-1);
+  if (has_own_head_dim && torch::autograd::compute_requires_grad(q, k, v)) { return {}; }
   at::ScalarType const dtype = q.scalar_type();
   int64_t const head_dim = q.size(-1), heads_q = q.size(-2), heads_k = k.size(-2);
   bool const has_batch = dims == 3 || (q.size(0) > 0 && k.size(0) == q.size(0));
   bool const is_served =
       (dtype == at::kHalf || dtype == at::kBFloat16) && k.scalar_type() == dtype &&
       v.scalar_type() == dtype && k.device() == q.device() && v.device() == q.device() &&
-      has_batch && k.size(-1) == head_dim && head_dim > 0 && head_dim <= kMaxHeadDim &&
-      head_dim % kHeadDimMultiple == 0 && heads_k > 0 && heads_q > 0 && heads_q % heads_k == 0 &&
+      has_batch && k.size(-1) == head_dim && is_served_head_dim(head_dim) &&
+      is_served_head_dim(v.size(-1)) && heads_k > 0 && heads_q > 0 && heads_q % heads_k == 0 &&
       q.stride(-1) == 1 && k.stride(-1) == 1 && v.stride(-1) == 1;
   return is_served ? std::optional<Inputs>({q, k, v}) : std::nullopt;
 }

@@ -63,7 +63,7 @@ cudaError_t launch_bwd_variant(BwdKernelParams const& params, int smem_kb, cudaS
 // The functions of a unit.  Sizes: BuiltSizes.
 template <int kHeadDim, class Element, class Sizes>
 struct Bwd {
-  static bool serves(BwdParams const&) { return true; }
+  static bool serves(BwdParams const& params) { return has_one_head_dim(params.problem); }
 
   static void plan(BwdParams const& params, Plan& plan) {
     bool const general            = bwd_is_general(kHeadDim, level_of(params.problem));

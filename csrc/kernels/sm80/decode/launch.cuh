@@ -38,7 +38,7 @@ cudaError_t launch_if_it_fits(DecodeKernelParams const& params, int smem_kb, cud
 // The functions of a unit.  Sizes: BuiltSizes.
 template <int kHeadDim, class Element, class Sizes>
 struct Decode {
-  static bool serves(DecodeParams const&) { return true; }
+  static bool serves(DecodeParams const& params) { return has_one_head_dim(params.problem); }
 
   static void plan(DecodeParams const& params, Plan& plan) {
     DecodeDevice const device{sm_count(), size_within(Sizes{}, plan.smem_kb), has_clusters()};

@@ -20,7 +20,7 @@ cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, cudaStream
 // The functions of a unit.  Sizes: BuiltSizes.
 template <int kHeadDim, class Element, class Sizes>
 struct Fwd {
-  static bool serves(FwdParams const&) { return true; }
+  static bool serves(FwdParams const& params) { return has_one_head_dim(params.problem); }
 
   static void plan(FwdParams const&, Plan&) {}
 
