@@ -14,7 +14,7 @@ calls on CUDA the compiled extension records the same in less time (csrc/torch/f
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -239,14 +239,11 @@ def attention(
     """
     numbers, scale, softcap = split_score(function, score)
     _transforms.refuse_tangents(function, x, y, z, scale, softcap, alibi_slopes)
-    head_dim = x.shape[-1]
+    head_dim_v = x.shape[-1] if z is None else z.shape[-1]
     # Zeros in the padding change neither q k^T nor the gradients of the real columns.  Of pages the
     # operator pads those that it uses.
-    is_paged = lengths is not None and lengths.block_table is not None
-    padding = -head_dim % CUDA_HEAD_DIM_MULTIPLE if x.is_cuda and not is_paged else 0
-    if padding:
-        x = F.pad(x, (0, padding))
-        y, z = (None if t is None else F.pad(t, (0, padding)) for t in (y, z))
+    if x.is_cuda and (lengths is None or lengths.block_table is None):
+        x, y, z = _padded(x), _padded(y), _padded(z)
     x, y, z = maybe_contiguous(x), maybe_contiguous(y), maybe_contiguous(z)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach()  # no gradient, not even a missing one
@@ -261,13 +258,42 @@ def attention(
         *(x, y, z, scale, softcap, alibi_slopes, None),
         *(cu_seqlens_q, cu_seqlens_k, block_table, tuple(statics)),
     )
-    if padding:
-        out = out[..., :head_dim].contiguous()
+    if out.shape[-1] != head_dim_v:
+        out = out[..., :head_dim_v].contiguous()
     return (out, softmax_lse, probabilities) if return_attn_probs else out
+
+
+@overload
+def _padded(x: Tensor) -> Tensor: ...
+@overload
+def _padded(x: Tensor | None) -> Tensor | None: ...
+def _padded(x: Tensor | None) -> Tensor | None:
+    """x, with zeros up to a head_dim that CUDA kernels read."""
+    padding = 0 if x is None else -x.shape[-1] % CUDA_HEAD_DIM_MULTIPLE
+    return F.pad(x, (0, padding)) if x is not None and padding else x
+
+
+def refuse_gradient_of_own_head_dim(
+    function: str, q: Tensor, k: Tensor | None, v: Tensor | None, scale: Tensor | None
+) -> None:
+    """Raises on CUDA where somebody wants a gradient and v has a head_dim of its own.
+
+    The backward pass has no kernels for it: better said before the forward pass than after.
+    """
+    if v is None or not q.is_cuda or v.shape[-1] == q.shape[-1] or not torch.is_grad_enabled():
+        return
+    if _transforms.asks_for_gradient(q, k, v, scale):
+        raise RuntimeError(
+            f"{function}: on CUDA there are no gradients where v has a head_dim of its own, as the"
+            f" backward kernels for it are missing; got head_dim {v.shape[-1]} of v and"
+            f" {q.shape[-1]} of q and k, and a tensor that requires a gradient. Call it under"
+            " torch.no_grad(), or pad v with zeros to q's head_dim and cut out to v's"
+        )
 
 
 def _record(function: str, x: Tensor, y: Tensor | None, z: Tensor | None, *others: Any) -> tuple:
     """``call_forward``, with gradients where somebody wants them."""
+    refuse_gradient_of_own_head_dim(function, x, y, z, others[0])
     if not torch.compiler.is_compiling() and _transforms.are_active():
         if Statics(*others[-1]).dropout_p > 0:
             x = _transforms.with_randomness(function, x)

@@ -30,7 +30,8 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_k, heads_k, head_dim)."""
+    """q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_k, heads_k, head_dim); v may have
+    a head_dim of its own."""
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) != 4:
         raise RuntimeError(
@@ -41,9 +42,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"k must have shape (batch, seqlen_k, heads_k, head_dim); got {shape_text(k_shape)}"
         )
     if v_shape != k_shape:
-        raise RuntimeError(
-            f"v must have the same shape as k; got v = {shape_text(v_shape)}, k = {shape_text(k_shape)}"
-        )
+        check_own_head_dim(v_shape, k_shape)
 
     if q_shape[0] == 0:
         raise RuntimeError(f"q: batch size must be positive; got q = {shape_text(q_shape)}")
@@ -53,6 +52,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     check_heads(q_shape, k_shape)
     check_dtype_and_device(q, k, v)
+
+
+def check_own_head_dim(v_shape: torch.Size, k_shape: torch.Size) -> None:
+    """v of k's shape, but for a head_dim of its own."""
+    if v_shape[:-1] != k_shape[:-1] or len(v_shape) != len(k_shape):
+        raise RuntimeError(
+            "v must have the same shape as k, head_dim aside; got v ="
+            f" {shape_text(v_shape)}, k = {shape_text(k_shape)}"
+        )
+    if v_shape[-1] == 0 or v_shape[-1] > MAX_HEAD_DIM:
+        raise RuntimeError(
+            f"v: FlashAttention only supports head dimension at most {MAX_HEAD_DIM}, and at"
+            f" least 1; got head_dim = {v_shape[-1]} in v = {shape_text(v_shape)}"
+        )
 
 
 def check_heads(q_shape: torch.Size, k_shape: torch.Size) -> None:
@@ -112,7 +125,7 @@ def check_dtype_and_device(q: Tensor, k: Tensor, v: Tensor, suffix: str = "") ->
 
 def check_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> None:
     """q (total_q, heads_q, head_dim), k and v (total_k, heads_k, head_dim) or, with a block_table,
-    (num_blocks, page_size, heads_k, head_dim)."""
+    (num_blocks, page_size, heads_k, head_dim).  v may have a head_dim of its own, but not in pages."""
     table = lengths.block_table
     if len(q.shape) != 3:
         raise RuntimeError(
@@ -122,9 +135,13 @@ def check_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         layout = "(total_k, heads_k, head_dim), or with block_table (num_blocks, page_size, ...)"
         raise RuntimeError(f"k must have shape {layout}; got {shape_text(k.shape)}")
     if v.shape != k.shape:
-        raise RuntimeError(
-            f"v must have the same shape as k; got v = {shape_text(v.shape)}, k = {shape_text(k.shape)}"
-        )
+        check_own_head_dim(v.shape, k.shape)
+        if table is not None:
+            raise RuntimeError(
+                "v must have the head_dim of k with a block_table: paged keys and values of different"
+                f" head_dims are not supported; got v = {shape_text(v.shape)}, k ="
+                f" {shape_text(k.shape)}"
+            )
     check_heads(q.shape, k.shape)
     check_dtype_and_device(q, k, v)
 

@@ -1,7 +1,8 @@
 """How many operations attention takes, for ``torch.utils.flop_counter.FlopCounterMode``.
 
 A pair of a query and a key that it sees costs ``4 * head_dim`` operations for each query head forward
-(the products Q K^T and P V) and 2.5 times that backward.  Pairs that a mask hides are not counted,
+(the products Q K^T and P V) and 2.5 times that backward.  Where v has a head_dim of its own, head_dim_v,
+these are ``2 * (head_dim + head_dim_v)``, and backward ``2 * (3 * head_dim + 2 * head_dim_v)``.  Pairs that a mask hides are not counted,
 whatever a kernel computes of them.  Neither are softmax, rotary embedding, ``S_dmask`` and
 ``merge_states``: torch counts products only.
 
@@ -70,8 +71,10 @@ def attention_flops(arguments: dict[str, Any]) -> int:
         pairs = sum(visible_pairs(*lengths, *mask) for lengths in varlen_lengths(arguments))
     else:
         pairs = q.shape[0] * visible_pairs(q.shape[1], arguments["k"].shape[1], *mask)
-    products = 5 if "dout" in arguments else 2
-    return products * 2 * pairs * q.shape[-2] * q.shape[-1]
+    of_qk, of_v = (3, 2) if "dout" in arguments else (1, 1)  # products of each width
+    head_dim = q.shape[-1]
+    head_dim_v = arguments["v"].shape[-1] if arguments.get("v") is not None else head_dim
+    return 2 * pairs * q.shape[-2] * (of_qk * head_dim + of_v * head_dim_v)
 
 
 def varlen_lengths(arguments: dict[str, Any]) -> Iterator[tuple[int, int]]:

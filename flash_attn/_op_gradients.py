@@ -117,6 +117,7 @@ def _forward(op: OpOverload, values: tuple) -> tuple[Tensor, ...]:
     if _transforms.asks_for_gradient(call.given["softcap_tensor"]):
         raise RuntimeError(f"{op._schema.name}: softcap_tensor has no gradient; detach() it")
     arguments = (*call.values(_FORWARD_TENSORS), call.statics)
+    _autograd.refuse_gradient_of_own_head_dim(op._schema.name, *arguments[:4])
     if not _transforms.are_active():
         return _autograd.FlashAttention.apply(*arguments)
     with enable_single_level_autograd_function():

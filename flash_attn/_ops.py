@@ -83,7 +83,7 @@ class Cache(NamedTuple):
 
 
 # Shapes.  Dense: q, dout, out (batch, seqlen_q, heads_q, head_dim); k, v (batch, seqlen_k, heads_k,
-# head_dim); softmax_lse and its gradient dlse (batch, heads_q, seqlen_q).  varlen: q, dout, out
+# head_dim); v, out and dout may have a head_dim of their own, on CUDA forward only and not in pages; softmax_lse and its gradient dlse (batch, heads_q, seqlen_q).  varlen: q, dout, out
 # (total_q, heads_q, head_dim); k, v (total_k, heads_k, head_dim), or paged (num_blocks, page_size,
 # heads_k, head_dim) with block_table (batch, max_blocks); softmax_lse, dlse (heads_q, total_q);
 # cu_seqlens (batch + 1,), seqused_k, leftpad_k (batch,).  Integers are int32.  softmax_lse is a natural
@@ -238,10 +238,15 @@ def softmax_d_shape(q: Tensor, batch: int | None) -> tuple[int, ...]:
 # What the operators return, for FakeTensor, torch.compile and the meta device.
 
 
-def _results_like(q: Tensor) -> tuple[Tensor, Tensor]:
+def out_shape(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    """The shape of out, which has v's head_dim."""
+    return *q.shape[:-1], v.shape[-1]
+
+
+def _results_like(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and softmax_lse."""
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=compute_dtype(q))
+    return q.new_empty(out_shape(q, v)), q.new_empty(lse_shape, dtype=compute_dtype(q))
 
 
 @torch.library.register_fake("flash_attn::_flash_attn_forward")
@@ -249,7 +254,7 @@ def _forward_shapes(
     q, k, v, dropout_p, scale, causal, left, right, cap, slopes, return_softmax, *_, **__
 ):
     shape = probabilities_shape(q, q.shape[0], q.shape[1], k.shape[1])
-    return _forward_results(q, dropout_p, return_softmax, shape)
+    return _forward_results(q, v, dropout_p, return_softmax, shape)
 
 
 @torch.library.register_fake("flash_attn::_flash_attn_varlen_forward")
@@ -258,15 +263,15 @@ def _varlen_forward_shapes(
     causal, left=-1, right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, *_, **__
 ):  # fmt: skip
     shape = probabilities_shape(q, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k)
-    return _forward_results(q, dropout_p, return_softmax, shape)
+    return _forward_results(q, v, dropout_p, return_softmax, shape)
 
 
 def _forward_results(
-    q: Tensor, dropout_p: float, return_softmax: bool, shape: tuple[int, ...]
+    q: Tensor, v: Tensor, dropout_p: float, return_softmax: bool, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     has_dropout = dropout_p > 0
     probabilities = q.new_empty(shape if return_softmax and has_dropout else (0,))
-    return *_results_like(q), probabilities, q.new_empty(2 * has_dropout, dtype=torch.int64)
+    return *_results_like(q, v), probabilities, q.new_empty(2 * has_dropout, dtype=torch.int64)
 
 
 @torch.library.register_fake("flash_attn::_flash_attn_backward")
@@ -292,7 +297,7 @@ def _gradient_shapes(dout, q, k, v, *_, **__):
 @torch.library.register_fake("flash_attn::_flash_attn_kvcache")
 @torch.library.register_fake("flash_attn::_flash_attn_kvcache.append")
 def _kvcache_shapes(q, *_, **__):
-    return _results_like(q)
+    return _results_like(q, q)
 
 
 @torch.library.register_fake("flash_attn::merge_states")

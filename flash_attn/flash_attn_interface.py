@@ -83,7 +83,11 @@ def flash_attn_func(
         q: (batch, seqlen_q, heads_q, head_dim), head_dim at most 256.  fp16 or bf16 on CUDA; on the
             CPU fp32 and fp64 besides.  Any strides.  k and v have q's dtype and device.
         k: (batch, seqlen_k, heads_k, head_dim).
-        v: (batch, seqlen_k, heads_k, head_dim).
+        v: (batch, seqlen_k, heads_k, head_dim), or with a head_dim of its own, head_dim_v, as the
+            prefill of multi-head latent attention has it (192 and 128).  The CPU takes any from 1 to
+            256, with gradients.  On CUDA it takes a GPU of compute capability 9.0, a head_dim from
+            129 to 192 and a head_dim_v up to 128, and there are no gradients: where one of the
+            arguments requires a gradient the call is an error, as the backward pass is missing.
         dropout_p: probability of dropping an attention weight, in [0, 1), in steps of 1 / 65536; the
             others are multiplied by 1 / (1 - dropout_p).  Seed and offset come from torch's default
             generator of q's device, so torch.manual_seed repeats a mask.
@@ -107,7 +111,7 @@ def flash_attn_func(
     number makes the call wait for the device.
 
     Returns:
-        out (batch, seqlen_q, heads_q, head_dim), contiguous, in q's dtype; with
+        out (batch, seqlen_q, heads_q, head_dim of v), contiguous, in q's dtype; with
         ``return_attn_probs`` the tuple (out, softmax_lse, S_dmask).
 
         softmax_lse (batch, heads_q, seqlen_q) is the natural logarithm of each row's sum of
@@ -120,7 +124,7 @@ def flash_attn_func(
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value, softcap requires a
-            gradient, or the CUDA extension is not built.  Under vmap: dropout with randomness="error".
+            gradient, no CUDA kernel serves the call, or the CUDA extension is not built.  Under vmap: dropout with randomness="error".
             In the backward pass: create_graph=True, as its gradients have none.
         NotImplementedError: forward-mode differentiation.
     """
@@ -247,7 +251,8 @@ def flash_attn_varlen_func(
         q: (total_q, heads_q, head_dim), total_q at least the sum of the query lengths.
         k: (total_k, heads_k, head_dim); or, with a block_table, (num_blocks, page_size, heads_k,
             head_dim), page_size a multiple of 16.
-        v: the same shape as k.
+        v: the same shape as k; without a block_table it may have a head_dim of its own, as of
+            ``flash_attn_func``.
         cu_seqlens_q: (batch + 1,), int32, on q's device, contiguous: sequence b is the rows
             cu_seqlens_q[b] to cu_seqlens_q[b + 1], exclusive, of q.  It starts at 0 and does not
             decrease.
@@ -264,7 +269,7 @@ def flash_attn_varlen_func(
     The other arguments are those of ``flash_attn_func``.
 
     Returns:
-        out (total_q, heads_q, head_dim); with ``return_attn_probs`` the tuple (out, softmax_lse,
+        out (total_q, heads_q, head_dim of v); with ``return_attn_probs`` the tuple (out, softmax_lse,
         S_dmask), with softmax_lse (heads_q, total_q) and S_dmask (batch, heads_q, max_seqlen_q
         rounded up to 128, max_seqlen_k rounded up to 128), (0,) without dropout.
 

@@ -110,6 +110,11 @@ def _forward(
     ragged = cum_seq_q is not None
     if return_debug_mask:
         raise RuntimeError("flash_attn.sdpa: return_debug_mask is not supported")
+    if value.shape[-1] != query.shape[-1]:
+        raise RuntimeError(
+            "flash_attn.sdpa: value must have the head_dim of query, which torch takes for out's;"
+            f" got {value.shape[-1]} and {query.shape[-1]}. flash_attn_func has no such limit"
+        )
     if ragged != (cum_seq_k is not None):
         raise RuntimeError("flash_attn.sdpa: cum_seq_q and cum_seq_k must be given together")
     if not ragged and (seqused_k is not None or block_table is not None):

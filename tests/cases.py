@@ -59,6 +59,14 @@ class CaseBase:
         return self.head_dim**-0.5
 
     @property
+    def v_shape(self) -> tuple[int, ...]:
+        return *self.kv_shape[:-1], self.head_dim_v or self.head_dim
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return *self.q_shape[:-1], self.head_dim_v or self.head_dim
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
@@ -70,6 +78,8 @@ class CaseBase:
         """The end of the id: heads and so on; the features that are used."""
         heads = f"h{self.heads[0]}over{self.heads[1]}"
         parts = [heads, f"d{self.head_dim}", self.mask.value, self.dtype]
+        if self.head_dim_v:
+            parts[1] += f"v{self.head_dim_v}"
         if self.window != UNLIMITED:
             parts.append(f"w{self.window[0]}.{self.window[1]}")
         if self.softcap:
@@ -83,7 +93,10 @@ class CaseBase:
 
 @dataclass(frozen=True)
 class AttnCase(CaseBase):
-    """One problem. `heads` is (query heads, key/value heads); `dtype` a key of DTYPES."""
+    """One problem. `heads` is (query heads, key/value heads); `dtype` a key of DTYPES.
+
+    head_dim_v: of v and out; 0: head_dim.
+    """
 
     seqlen_q: int = 128
     seqlen_k: int = 128
@@ -96,6 +109,7 @@ class AttnCase(CaseBase):
     softcap: float = 0.0
     alibi: Alibi = Alibi.none
     dropout: float = 0.0
+    head_dim_v: int = 0
 
     def __str__(self) -> str:
         return f"b{self.batch}-q{self.seqlen_q}-k{self.seqlen_k}-{self.tail()}"
@@ -124,6 +138,7 @@ class VarlenCase(CaseBase):
     softcap: float = 0.0
     alibi: Alibi = Alibi.none
     dropout: float = 0.0
+    head_dim_v: int = 0
 
     def __str__(self) -> str:
         unused = f"-unused{self.unused[0]}.{self.unused[1]}" if any(self.unused) else ""
@@ -145,6 +160,7 @@ class VarlenCase(CaseBase):
     def sequence(self, n: int) -> AttnCase:
         """Sequence n as a problem of its own."""
         names = ("heads", "head_dim", "mask", "dtype", "window", "softcap", "alibi", "dropout")
+        names += ("head_dim_v",)
         same = {name: getattr(self, name) for name in names}
         return AttnCase(self.lengths_q[n], self.lengths_k[n], **same)
 
@@ -290,8 +306,8 @@ def make_inputs(case: AttnCase, device: str, salt: int = 0) -> Inputs:
     gen = generator(case, device, salt)
     q = randn(case.q_shape, case.torch_dtype, gen)
     k = randn(case.kv_shape, case.torch_dtype, gen)
-    v = randn(case.kv_shape, case.torch_dtype, gen)
-    dout = randn(case.q_shape, case.torch_dtype, gen)
+    v = randn(case.v_shape, case.torch_dtype, gen)
+    dout = randn(case.out_shape, case.torch_dtype, gen)
     return Inputs(q, k, v, dout)
 
 
@@ -339,8 +355,8 @@ def make_varlen_inputs(case: VarlenCase, device: str, salt: int = 0) -> VarlenIn
     gen = generator(case, device, salt)
     q = randn(case.q_shape, case.torch_dtype, gen)
     k = randn(case.kv_shape, case.torch_dtype, gen)
-    v = randn(case.kv_shape, case.torch_dtype, gen)
-    dout = randn(case.q_shape, case.torch_dtype, gen)
+    v = randn(case.v_shape, case.torch_dtype, gen)
+    dout = randn(case.out_shape, case.torch_dtype, gen)
     for x, used in ((q, case.lengths_q), (k, case.lengths_k), (v, case.lengths_k)):
         x[sum(used) :] = torch.nan
     dout[sum(case.lengths_q) :] = torch.nan

@@ -18,6 +18,8 @@ from torch import Tensor
 class Result:
     """out, dq (b, sq, h, d); lse (b, h, sq); dk, dv (b, sk, hk, d). Gradients may be absent.
 
+    out and dv have v's own d where it has one.
+
     Variable length: out, dq (total_q, h, d); lse (h, total_q); dk, dv (total_k, hk, d).
     rng_state: the (seed, offset) of an implementation's dropout.
     out_slack, dq_slack, ...: what of an error an oracle does not count; see _delta_rounding and
@@ -249,7 +251,7 @@ def per_sequence(
     dtypes = (q.dtype, wide) if attend is attention_peer else (torch.float64, torch.float64)
     lse_shape = (q.shape[1], q.shape[0])
     whole = Result(
-        torch.zeros(q.shape, dtype=dtypes[0], device=q.device),
+        torch.zeros((*q.shape[:-1], v.shape[-1]), dtype=dtypes[0], device=q.device),
         torch.full(lse_shape, torch.inf, dtype=dtypes[1], device=q.device),
     )
     whole.out_slack = torch.zeros_like(whole.out)

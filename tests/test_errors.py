@@ -56,7 +56,8 @@ SHAPES = [
     Bad("v_of_another_length", reshaped("v", 2, 8, 2, 64), ("v", "(2, 8, 2, 64)")),
     Bad("v_of_other_heads", reshaped("v", 2, 7, 1, 64), ("v", "(2, 7, 1, 64)")),
     Bad("k_of_another_head_dim", reshaped("k", 2, 7, 2, 32), ("k", "(2, 7, 2, 32)")),
-    Bad("v_of_another_head_dim", reshaped("v", 2, 7, 2, 128), ("v", "(2, 7, 2, 128)")),
+    Bad("v_of_head_dim_264", reshaped("v", 2, 7, 2, 264), ("v: ", "at most 256", "264")),
+    Bad("v_of_head_dim_0", reshaped("v", 2, 7, 2, 0), ("v: ", "at least 1", "(2, 7, 2, 0)")),
 ]
 
 
@@ -208,6 +209,7 @@ VARLEN = [
     Bad("k_with_4_dimensions", reshaped("k", 1, 14, 2, 64), ("k", "(1, 14, 2, 64)", "block_table")),
     Bad("v_of_another_length", reshaped("v", 13, 2, 64), ("v", "(13, 2, 64)")),
     Bad("k_of_another_head_dim", reshaped("k", 14, 2, 32), ("(14, 2, 32)",)),
+    Bad("v_of_head_dim_264", reshaped("v", 14, 2, 264), ("v: ", "at most 256", "264")),
     Bad("head_dim_264", lambda x: {n: x[n].repeat(1, 1, 5)[..., :264] for n in "qkv"}, ("264",)),
     Bad("k_of_3_heads", lambda x: {n: x[n].repeat(1, 2, 1)[:, :3] for n in "kv"}, ("heads", "3")),
     Bad("k_of_another_dtype", cast(torch.float64, "k"), ("k", "float64", "dtype")),
@@ -236,6 +238,11 @@ VARLEN = [
     Bad("k_paged_without_table", pages(16), ("k", "block_table")),
     Bad("pages_of_24", with_pages(pages(24)), ("divisible by 16", "24")),
     Bad("pages_of_0", with_pages(pages(0)), ("divisible by 16", "0")),
+    Bad(
+        "v_pages_of_another_head_dim",
+        with_pages(lambda x: {"v": x["v"][..., :32]}),
+        ("v must have the head_dim of k with a block_table", "16, 2, 32)", "16, 2, 64)"),
+    ),
     Bad(
         "table_in_int64",
         with_pages(lambda x: {"block_table": x["block_table"].long()}),

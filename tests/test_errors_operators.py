@@ -200,6 +200,11 @@ BAD = {
         DENSE, zeros("v", 2, 8, 2, 64), "v: must have shape [2, 7, 2, 64]; got [2, 8, 2, 64]"
     ),
     "v_total": Bad(VARLEN, zeros("v", 9, 2, 64), "v: must have shape [14, 2, 64]; got [9, 2, 64]"),
+    "v_head_dim_264": Bad(DENSE, zeros("v", 2, 7, 2, 264), "v: head_dim must be "),
+    "v_head_dim_0": Bad(VARLEN, zeros("v", 14, 2, 0), "v: head_dim must be "),
+    "out_head_dim": Bad(
+        DENSE_BACKWARD, zeros("out", 2, 5, 4, 32), "out: must have shape [2, 5, 4, 64]; got [2, 5"
+    ),
     "k_head_dim": Bad(
         VARLEN, zeros("k", 14, 2, 32), "k: must have shape [14, 2, 64]; got [14, 2, 32]"
     ),

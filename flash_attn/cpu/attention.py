@@ -15,7 +15,7 @@ same, it does the work (``torch_kernel``).
 
 Tensors: q, out and their gradients (batch, seqlen_q, heads_q, head_dim); k, v and theirs (batch,
 seqlen_k, heads_k, head_dim), heads_q a multiple of heads_k; lse (batch, heads_q, seqlen_q), a natural
-logarithm.  A row that sees no key has out 0 and lse +inf, and passes no gradient.
+logarithm.  v and out may have a head_dim of their own.  A row that sees no key has out 0 and lse +inf, and passes no gradient.
 """
 
 import math
@@ -40,7 +40,7 @@ def attention_forward(
     sequences: (batch,), the numbers of the batch entries among all sequences, for slopes and
     dropout; None: 0, 1, ...
     """
-    heads_k, is_causal = k.shape[2], torch_kernel.mask_of(q, k, options)
+    heads_k, is_causal = k.shape[2], torch_kernel.mask_of(q, k, v, options)
     if is_causal is None:
         scores = Scores.of(q, k, options, sequences)
         outs, lses = _forward(scores, *(_by_key_head(x, heads_k) for x in (q, k, v)))
@@ -56,7 +56,7 @@ def attention_forward(
 
 def _forward(scores: Scores, qs: Tensor, ks: Tensor, vs: Tensor) -> tuple[Tensor, Tensor]:
     """outs (n, group, seqlen_q, head_dim) and lses (n, group, seqlen_q)."""
-    outs, lses = qs.new_empty(qs.shape), qs.new_empty(qs.shape[:-1])
+    outs, lses = qs.new_empty(*qs.shape[:-1], vs.shape[-1]), qs.new_empty(qs.shape[:-1])
     for part in _parts(qs, ks):
         _forward_part(scores.part(part), *(x[part] for x in (qs, ks, vs, outs, lses)))
     return outs, lses
@@ -68,7 +68,7 @@ def _forward_part(
     """Fills outs (n, group, seqlen_q, head_dim) and lses (n, group, seqlen_q)."""
     for rows in _query_blocks(qs):
         q_tile = _tile(qs, rows) * scores.softmax_scale  # (n, group * rows, head_dim)
-        out_tile = torch.zeros_like(q_tile)
+        out_tile = q_tile.new_zeros(*q_tile.shape[:-1], vs.shape[-1])
         row_max = q_tile.new_full((*q_tile.shape[:-1], 1), -math.inf)
         row_sum = torch.zeros_like(row_max)
 
@@ -111,7 +111,7 @@ def attention_backward(
     With dP = D * dO V^T, the gradient of S is dS = P * (dP - delta), where
     delta = rowsum(dO * O) - dlse, and dV = (D * P)^T dO.  Every sum has a fixed order.
     """
-    heads_k, is_causal = k.shape[2], torch_kernel.mask_of(q, k, options)
+    heads_k, is_causal = k.shape[2], torch_kernel.mask_of(q, k, v, options)
     tensors = dout, q, k, v, out, lse.mT.unsqueeze(-1)  # lse (batch, seqlen_q, heads_q, 1)
     if dlse is not None or is_causal is None:
         scores = Scores.of(q, k, options, sequences)
@@ -238,9 +238,9 @@ def _by_key_head(x: Tensor, heads_k: int) -> Tensor:
 
 
 def _like(x: Tensor, original: Tensor) -> Tensor:
-    """The inverse of _by_key_head: a contiguous tensor of the original's shape and dtype."""
-    batch, seqlen, heads, head_dim = original.shape
-    x = x.view(batch, heads, seqlen, head_dim).transpose(1, 2)
+    """The inverse of _by_key_head: contiguous, of the original's heads and dtype."""
+    batch, seqlen, heads, _ = original.shape
+    x = x.view(batch, heads, seqlen, x.shape[-1]).transpose(1, 2)
     return own(x.to(original.dtype).contiguous())
 
 

@@ -102,7 +102,10 @@ def _check_heads(q: Tensor, heads_k: int, name_k: str) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
-    """dims: 4 for (batch, seqlen, heads, head_dim), 3 for (total, heads, head_dim)."""
+    """dims: 4 for (batch, seqlen, heads, head_dim), 3 for (total, heads, head_dim).
+
+    v may have a head_dim of its own.
+    """
     _check_q(q)
     if q.dim() != dims or k.dim() != dims:
         layout = "(batch, seqlen, heads, head_dim)" if dims == 4 else "(total, heads, head_dim)"
@@ -114,7 +117,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
     _check_heads(q, k.shape[-2], "k")
     shape = (*q.shape[:-3], *k.shape[-3:-1], q.shape[-1])
     check_like(k, "k", q, shape)
-    check_like(v, "v", q, shape)
+    head_dim_v = v.shape[-1] if v.dim() == dims else q.shape[-1]
+    if not 0 < head_dim_v <= MAX_HEAD_DIM:
+        raise RuntimeError(f"v: head_dim must be from 1 to {MAX_HEAD_DIM}; got {head_dim_v}")
+    check_like(v, "v", q, (*shape[:-1], head_dim_v))
 
 
 def check_options(q: Tensor, batch: int, options: Options) -> None:
@@ -211,8 +217,9 @@ def check_backward(
     """tensors: dout, q, k, v, out, softmax_lse, dlse."""
     dout, q, k, v, out, softmax_lse, dlse = tensors
     check_qkv(q, k, v, 4 if lengths is None else 3)
-    check_like(dout, "dout", q, q.shape)
-    check_like(out, "out", q, q.shape)
+    shape = *q.shape[:-1], v.shape[-1]
+    check_like(dout, "dout", q, shape)
+    check_like(out, "out", q, shape)
     check_rows(softmax_lse, "softmax_lse", q)
     if dlse is not None:
         check_rows(dlse, "dlse", q)

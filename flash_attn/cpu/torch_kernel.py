@@ -32,9 +32,9 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def mask_of(q: Tensor, k: Tensor, options: Options) -> bool | None:
+def mask_of(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool | None:
     """The kernel's ``is_causal``, with which it means the same for finite inputs; None: it does not."""
-    if q.numel() == 0 or k.numel() == 0 or not are_plain(options):
+    if q.numel() == 0 or k.numel() == 0 or not are_plain(options) or v.shape[-1] != q.shape[-1]:
         return None
     see = Visibility.of(q.shape[1], k.shape[1], options)
     if see.is_full:

@@ -23,7 +23,7 @@ def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: Options
 ) -> tuple[Tensor, Tensor]:
     """out and lse."""
-    out = q.new_zeros(q.shape)
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = q.new_full((q.shape[1], q.shape[0]), math.inf, dtype=compute_dtype(q))
     for sequences, rows, rows_k in _equal_lengths(lengths):
         ks, vs = (_gather_keys(x, rows_k, sequences, lengths) for x in (k, v))
