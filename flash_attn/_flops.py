@@ -2,9 +2,9 @@
 
 A pair of a query and a key that it sees costs ``4 * head_dim`` operations for each query head forward
 (the products Q K^T and P V) and 2.5 times that backward.  Where v has a head_dim of its own, head_dim_v,
-these are ``2 * (head_dim + head_dim_v)``, and backward ``2 * (3 * head_dim + 2 * head_dim_v)``.  Pairs that a mask hides are not counted,
-whatever a kernel computes of them.  Neither are softmax, rotary embedding, ``S_dmask`` and
-``merge_states``: torch counts products only.
+these are ``2 * (head_dim + head_dim_v)``, and backward ``2 * (3 * head_dim + 2 * head_dim_v)``.  Pairs
+that a mask hides are not counted, whatever a kernel computes of them.  Neither are softmax, rotary
+embedding, ``S_dmask`` and ``merge_states``: torch counts products only.
 
 Importing this file registers the formulas.
 """

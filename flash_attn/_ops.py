@@ -83,11 +83,12 @@ class Cache(NamedTuple):
 
 
 # Shapes.  Dense: q, dout, out (batch, seqlen_q, heads_q, head_dim); k, v (batch, seqlen_k, heads_k,
-# head_dim); v, out and dout may have a head_dim of their own, on CUDA forward only and not in pages; softmax_lse and its gradient dlse (batch, heads_q, seqlen_q).  varlen: q, dout, out
+# head_dim); softmax_lse and its gradient dlse (batch, heads_q, seqlen_q).  varlen: q, dout, out
 # (total_q, heads_q, head_dim); k, v (total_k, heads_k, head_dim), or paged (num_blocks, page_size,
 # heads_k, head_dim) with block_table (batch, max_blocks); softmax_lse, dlse (heads_q, total_q);
 # cu_seqlens (batch + 1,), seqused_k, leftpad_k (batch,).  Integers are int32.  softmax_lse is a natural
-# logarithm, +inf for a row that sees no key; fp32, and fp64 for fp64 inputs.
+# logarithm, +inf for a row that sees no key; fp32, and fp64 for fp64 inputs.  v, dv, out and dout may
+# have a head_dim of their own: on CUDA in the forward pass alone, and never in pages.
 #
 # Options.  shift = seqlen_k - seqlen_q of a sequence; query i sees key j if
 # i + shift - left <= j <= i + shift + right; a negative number is no limit, and causal makes right 0.

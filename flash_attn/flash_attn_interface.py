@@ -124,8 +124,9 @@ def flash_attn_func(
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value, softcap requires a
-            gradient, no CUDA kernel serves the call, or the CUDA extension is not built.  Under vmap: dropout with randomness="error".
-            In the backward pass: create_graph=True, as its gradients have none.
+            gradient, no CUDA kernel serves the call, or the CUDA extension is not built.  Under vmap:
+            dropout with randomness="error".  In the backward pass: create_graph=True, as its
+            gradients have none.
         NotImplementedError: forward-mode differentiation.
     """
     # torch.compile traces what follows instead.

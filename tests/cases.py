@@ -50,6 +50,8 @@ UNLIMITED: Window = (-1, -1)
 class CaseBase:
     """What dense and variable-length cases have in common."""
 
+    head_dim_v = 0  # of v and out; 0: head_dim
+
     @property
     def causal(self) -> bool:
         return self.mask is Mask.causal

@@ -193,6 +193,8 @@ def test_what_is_not_served_raises(on_cpu: None) -> None:
     lengths = torch.tensor([0, 5, 10], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="return_debug_mask"):
         aten._flash_attention_forward(q, k, v, None, None, 5, 5, 0.0, False, True)
+    with pytest.raises(RuntimeError, match="value must have the head_dim of query.*got 8 and"):
+        aten._flash_attention_forward(q, k, v[..., :8], None, None, 5, 5, 0.0, False, False)
     with pytest.raises(RuntimeError, match="together"):
         forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), lengths, None, 5, 5)
     with pytest.raises(RuntimeError, match="seqused_k"):

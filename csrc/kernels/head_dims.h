@@ -15,8 +15,8 @@ constexpr int built_head_dim(int head_dim) {
   return 0;
 }
 
-// Head dimensions of q and k, and of v, for which there are forward kernels where the two differ.  A call runs in a pair whose first is
-// q's built one, and whose second is not smaller than v's.
+// Head dimensions of q and k, and of v, for which there are forward kernels where the two differ.
+// A call runs in a pair whose first is q's built one, and whose second is not smaller than v's.
 struct HeadDimPair {
   int qk, v;
 };

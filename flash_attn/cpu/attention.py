@@ -15,7 +15,8 @@ same, it does the work (``torch_kernel``).
 
 Tensors: q, out and their gradients (batch, seqlen_q, heads_q, head_dim); k, v and theirs (batch,
 seqlen_k, heads_k, head_dim), heads_q a multiple of heads_k; lse (batch, heads_q, seqlen_q), a natural
-logarithm.  v and out may have a head_dim of their own.  A row that sees no key has out 0 and lse +inf, and passes no gradient.
+logarithm.  v, out and their gradients may have a head_dim of their own.  A row that sees no key has
+out 0 and lse +inf, and passes no gradient.
 """
 
 import math
