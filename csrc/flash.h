@@ -182,9 +182,9 @@ Status limit_smem_kb(int kb);
 
 // What one unit of the build serves.
 struct KernelInfo {
-  char const *isa, *pass;  // "sm80"; "fwd"
-  int head_dim;
-  char const* dtype;  // "bf16"
+  char const *isa, *pass;    // "sm80"; "fwd"
+  int head_dim, head_dim_v;  // of q and k, of v
+  char const* dtype;         // "bf16"
 };
 
 // What this build holds.  As text: archs, "80,90"; the sizes of shared memory that there are tiles for, "227,163".

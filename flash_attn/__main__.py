@@ -47,7 +47,8 @@ def _kernels(info: dict) -> list[str]:
     rows = [("pass", "serves", "head_dims built", "dtypes", "kernels")]
     for isa, name in dict.fromkeys((isa, name) for isa, name, _, _ in info["kernels"]):
         built = [(d, dtype) for i, n, d, dtype in info["kernels"] if (i, n) == (isa, name)]
-        head_dims = ", ".join(map(str, sorted({head_dim for head_dim, _ in built})))
+        own = [f"{d}/{dv}" for i, n, d, dv in info["value_head_dims"] if (i, n) == (isa, name)]
+        head_dims = ", ".join([*map(str, sorted({head_dim for head_dim, _ in built})), *own])
         dtypes = ", ".join(sorted({dtype for _, dtype in built}))
         rows.append((name, SERVES.get(name, ""), head_dims, dtypes, ISAS.get(isa, isa)))
     return _aligned(rows)
@@ -167,6 +168,8 @@ def report() -> str:
         lines.append("  CUDA tensors, each head_dim in the next kernel that holds it; of a pass,")
         lines.append("  the first row whose kernels serve the call:")
         lines += [f"    {row}" for row in _kernels(info)]
+        if info["value_head_dims"]:
+            lines.append("  192/128 stands for 192 of q and k, 128 of v, and what that holds")
         if info["isa"]:
             lines.append(f"  FLASH_ATTN_ISA={info['isa']}: kernels of other isas are not used")
         if limit := os.environ.get("FLASH_ATTN_TEST_SMEM_KB"):

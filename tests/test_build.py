@@ -491,7 +491,8 @@ def test_every_unit_is_generated_and_registered(tmp_path: Path) -> None:
     units = kernel_list.units((90, 80))
     head_dims = {isa: kernel_list.ONLY_HEAD_DIMS.get(isa, kernel_list.HEAD_DIMS) for isa in ISAS}
     wanted = sum(len(passes) * len(head_dims[isa]) for isa, passes in kernel_list.PASSES.items())
-    assert len(units) == wanted * len(kernel_list.DTYPES)
+    own = [(isa, *pair) for isa, pairs in kernel_list.VALUE_HEAD_DIMS.items() for pair in pairs]
+    assert len(units) == (wanted + len(own)) * len(kernel_list.DTYPES)
     assert {(u.isa, u.head_dim) for u in units} == {(i, d) for i in ISAS for d in head_dims[i]}
     assert [p.name for p in paths] == [f"{u.name}.cu" for u in units] + ["registry.cpp"]
     registry = paths[-1].read_text()
@@ -499,6 +500,13 @@ def test_every_unit_is_generated_and_registered(tmp_path: Path) -> None:
     for unit, path in zip(units, paths, strict=False):
         text, entry = path.read_text(), f"{unit.pass_name.capitalize()}Entry const {unit.symbol}"
         assert f"{unit.pass_name.capitalize()}<{unit.head_dim}, cutlass::" in text
+        is_own = (unit.isa, unit.head_dim, unit.head_dim_v) in own
+        assert (
+            is_own
+            == (f"Sizes, {unit.head_dim_v}>;" in text)
+            == (f"v{unit.head_dim_v}_" in path.name)
+        )
+        assert f"{unit.isa.capitalize()}, {unit.head_dim}, {unit.head_dim_v}, DType::" in text
         assert f"{entry}{{" in text and f"{{ extern {entry}; }}" in registry
         assert registry.count(f"    &{unit.isa}::{unit.symbol},\n") == 1
 
@@ -1010,6 +1018,7 @@ INFO = {
     "head_dims": [128, 64],
     "dtypes": ["bf16"],
     "kernels": [("sm80", name, d, "bf16") for name in PASSES for d in (128, 64)],
+    "value_head_dims": [],
     "isa": "",
     "cuda_version": "13.0",
     "cutlass_version": "4.2.1",
@@ -1045,6 +1054,19 @@ def test_report_has_a_row_for_each_isa_of_a_pass(monkeypatch: pytest.MonkeyPatch
     assert {"64,", "128", "sm80"} <= set(rows[1]) and "fp16" not in rows[1]
     assert "FLASH_ATTN_ISA=sm80" in report and "of a pass,\n  the first row" in report
     assert ["dropout" in row for row in rows] == [True, False]
+
+
+def test_report_names_pairs_of_head_dims(monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = [("sm90", "fwd", d, "bf16") for d in (64, 192)]
+    kernels = {"kernels": newer + INFO["kernels"]}
+    for own, cells in (([("sm90", "fwd", 192, 128)], "64, 192, 192/128"), ([], "64, 192")):
+        info = INFO | kernels | {"value_head_dims": own}
+        extension = SimpleNamespace(build_info=lambda info=info: info)
+        monkeypatch.setattr(flash_main._ops, "extension", extension)
+        report = flash_main.report()
+        newer_row, older_row = [x for x in report.splitlines() if x.split()[:1] == ["fwd"]]
+        assert f"  {cells}  " in newer_row and "/" not in older_row
+        assert ("192 of q and k, 128 of v" in report) == bool(own)
 
 
 def test_report_knows_every_isa_and_pass() -> None:

@@ -11,7 +11,8 @@ template <class EntryType>
 void list(EntryType const* const* entries, char const* pass, std::vector<KernelInfo>& kernels) {
   for (; *entries; ++entries) {
     EntryType const& entry = **entries;
-    kernels.push_back({name_of(entry.isa), pass, entry.head_dim, name_of(entry.dtype)});
+    kernels.push_back(
+        {name_of(entry.isa), pass, entry.head_dim, entry.head_dim_v, name_of(entry.dtype)});
   }
 }
 

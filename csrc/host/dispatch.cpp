@@ -52,6 +52,13 @@ std::string value_head_dims() {
   return list;
 }
 
+// "192", or "192/128" where v has its own.
+template <class Params>
+std::string head_dims_of(Entry<Params> const& entry) {
+  std::string const of_v = "/" + std::to_string(entry.head_dim_v);
+  return std::to_string(entry.head_dim) + (entry.head_dim_v == entry.head_dim ? "" : of_v);
+}
+
 // Why no entry serves v with a head dimension of its own.
 template <class Params>
 Status nothing_serves_v(Entry<Params> const* const* entries, Problem const& problem) {
@@ -63,7 +70,7 @@ Status nothing_serves_v(Entry<Params> const* const* entries, Problem const& prob
       "FLASH_ATTN_ISA: %s)",
       problem.head_dim, problem.head_dim_v, name_of(problem.dtype), value_head_dims().c_str(),
       list_of(entries, [](auto const& entry) { return name_of(entry.isa); }).c_str(),
-      list_of(entries, [](auto const& entry) { return std::to_string(entry.head_dim); }).c_str(),
+      list_of(entries, [](auto const& entry) { return head_dims_of(entry); }).c_str(),
       list_of(entries, [](auto const& entry) { return name_of(entry.dtype); }).c_str(),
       *pinned_isa() ? pinned_isa() : "all");
 }

@@ -1,5 +1,5 @@
 #pragma once
-// What a unit offers to the registry: the kernels of one (isa, pass, head dimension, dtype), as functions.
+// What a unit offers to the registry: the kernels of one (isa, pass, head dimensions, dtype), as functions.
 // Used by: every generated unit; host/registry.h.
 #include <cstring>
 #include <type_traits>
@@ -29,7 +29,7 @@ struct Entry {
   using Params = ParamsOfPass;
 
   Isa isa;
-  int head_dim;
+  int head_dim, head_dim_v;  // of q and k, of v and out
   DType dtype;
   bool (*serves)(Params const&);
   void (*plan)(Params const&, Plan&);

@@ -31,17 +31,19 @@ def unit_source(unit: Unit, archs: Iterable[int], smem_kb: Iterable[int]) -> str
     """Text of one unit's .cu file in a build for archs, with tiles for smem_kb."""
     sizes = ", ".join(f"SmemSize::k{kb}" for kb in smem_kb)
     entry = f"{unit.pass_name.capitalize()}Entry const {unit.symbol}"
+    has_own = unit.own_head_dim_v is not None
+    of_v, argument = (f" ({unit.head_dim_v} of v)", f", {unit.head_dim_v}") if has_own else ("", "")
     return f"""\
-{_MARK}{unit.pass_name}, {unit.isa}, head_dim {unit.head_dim}, {unit.dtype}.
+{_MARK}{unit.pass_name}, {unit.isa}, head_dim {unit.head_dim}{of_v}, {unit.dtype}.
 {_TARGETS}{" ".join(map(str, unit.archs(archs)))}
 #include "{unit.header}"
 
 namespace flash::{unit.isa} {{
 using Sizes = BuiltSizes<{sizes}>;
-using Kernels = {unit.functions}<{unit.head_dim}, {_CPP_TYPE[unit.dtype]}, Sizes>;
+using Kernels = {unit.functions}<{unit.head_dim}, {_CPP_TYPE[unit.dtype]}, Sizes{argument}>;
 extern {entry};
 {entry}{{
-    Isa::k{unit.isa.capitalize()}, {unit.head_dim}, {_CPP_DTYPE[unit.dtype]},
+    Isa::k{unit.isa.capitalize()}, {unit.head_dim}, {unit.head_dim_v}, {_CPP_DTYPE[unit.dtype]},
     &Kernels::serves, &Kernels::plan, &Kernels::launch}};
 }}  // namespace flash::{unit.isa}
 """
@@ -67,7 +69,9 @@ def registry_source(units: Sequence[Unit], archs: Iterable[int], smem_kb: Iterab
     for pass_name in passes:
         entry = f"{pass_name.capitalize()}Entry"
         lines.append(f"\n{entry} const* const k{pass_name.capitalize()}Entries[] = {{")
-        for unit in sorted(units, key=lambda u: (u.isa_rank, u.head_dim, u.dtype)):
+        for unit in sorted(
+            units, key=lambda u: (u.isa_rank, u.head_dim, u.own_head_dim_v or 0, u.dtype)
+        ):
             if unit.pass_name == pass_name:
                 lines.append(f"    &{unit.isa}::{unit.symbol},")
         lines.append("    nullptr,\n};")

@@ -1,6 +1,7 @@
 """The only list of attention kernels: setup.py, the registry, the reports and the tests read it.
 
 A unit is one translation unit: an (isa, pass, head dimension, dtype) with all its variants inside.
+Units of VALUE_HEAD_DIMS have a head dimension of v besides.
 An isa is the least instruction set that a kernel needs; a pass is fwd, bwd or decode.
 """
 
@@ -37,18 +38,28 @@ class Unit:
     head_dim: int
     dtype: str  # "fp16", "bf16"
     is_test: bool = False
+    own_head_dim_v: int | None = None  # None: v has head_dim too
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.head_dim if self.own_head_dim_v is None else self.own_head_dim_v
+
+    @property
+    def _head_dims(self) -> str:
+        own = "" if self.own_head_dim_v is None else f"v{self.own_head_dim_v}"
+        return f"hd{self.head_dim}{own}"
 
     @property
     def symbol(self) -> str:
-        """Name of the registry's entry, for example fwd_hd128_bf16."""
+        """Name of the registry's entry, for example fwd_hd128_bf16 or fwd_hd192v128_bf16."""
         test = "test_" if self.is_test else ""
-        return f"{test}{self.pass_name}_hd{self.head_dim}_{self.dtype}"
+        return f"{test}{self.pass_name}_{self._head_dims}_{self.dtype}"
 
     @property
     def name(self) -> str:
         """Name of the generated file without its suffix, for example fwd_sm80_hd128_bf16."""
         test = "test_" if self.is_test else ""
-        return f"{test}{self.pass_name}_{self.isa}_hd{self.head_dim}_{self.dtype}"
+        return f"{test}{self.pass_name}_{self.isa}_{self._head_dims}_{self.dtype}"
 
     @property
     def functions(self) -> str:
@@ -95,6 +106,12 @@ def units(
         for isa, passes in PASSES.items()
         for pass_name in passes
         for head_dim in ONLY_HEAD_DIMS.get(isa, HEAD_DIMS)
+        for dtype in DTYPES
+    ]
+    found += [
+        Unit(isa, "fwd", head_dim, dtype, own_head_dim_v=head_dim_v)
+        for isa, pairs in VALUE_HEAD_DIMS.items()
+        for head_dim, head_dim_v in pairs
         for dtype in DTYPES
     ]
     found += [TEST_UNIT] if test_units else []

@@ -67,7 +67,16 @@ pybind11::dict build_info() {
   result["kernels"]   = values_of(info, [](Kernel const& kernel) {
     return std::make_tuple(kernel.isa, kernel.pass, kernel.head_dim, kernel.dtype);
   });
-  result["isa"]       = flash::pinned_isa();
+  pybind11::list own;
+  for (int i = 0; i < info.kernel_count; ++i) {
+    Kernel const& kernel = info.kernels[i];
+    if (kernel.head_dim_v == kernel.head_dim) { continue; }
+    pybind11::object const pair =
+        pybind11::make_tuple(kernel.isa, kernel.pass, kernel.head_dim, kernel.head_dim_v);
+    if (!own.contains(pair)) { own.append(pair); }
+  }
+  result["value_head_dims"] = own;
+  result["isa"]             = flash::pinned_isa();
   result["cuda_version"] =
       std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   result["cutlass_version"] = std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) +
@@ -209,8 +218,9 @@ PYBIND11_MODULE(flash_attn_2_cuda, m) {
   m.doc() = "CUDA kernels of flash_attn; importing registers the operators torch.ops.flash_attn.*";
   m.def("build_info", &build_info,
         "What this build holds: archs, smem_kb (sizes of shared memory with tiles), head_dims, "
-        "dtypes, kernels (isa, pass, head_dim, dtype), "
-        "cuda_version, cutlass_version; isa: the one that calls are limited to, or ''.");
+        "dtypes, kernels (isa, pass, head_dim, dtype), value_head_dims (isa, pass, head_dim, "
+        "head_dim of v, where the two differ), cuda_version, cutlass_version; isa: the one that "
+        "calls are limited to, or ''.");
   m.def(
       "pin_isa", [](std::string const& isa) { flash::check_status(flash::pin_isa(isa.c_str())); },
       "Limits calls to the kernels of one isa ('sm80'), as the environment's FLASH_ATTN_ISA does; "

@@ -17,7 +17,7 @@ bool serves_causal(FwdParams const& params) {
 }
 
 FwdEntry entry(Isa isa, int head_dim, DType dtype, bool (*serves)(FwdParams const&)) {
-  return {isa, head_dim, dtype, serves, nullptr, nullptr};
+  return {isa, head_dim, head_dim, dtype, serves, nullptr, nullptr};
 }
 FwdEntry const new_causal    = entry(Isa::kSm90, 64, DType::kBf16, &serves_causal);
 FwdEntry const new_never     = entry(Isa::kSm90, 128, DType::kBf16, &serves_none);

@@ -65,9 +65,11 @@ struct Kernels {
   }
 };
 
+// sm90: with 32 of v.
 template <class Params, Isa kIsa>
 Entry<Params> const kEntry{kIsa,
                            64,
+                           kIsa == Isa::kSm90 ? 32 : 64,
                            DType::kBf16,
                            &Kernels<Params, kIsa>::serves,
                            &Kernels<Params, kIsa>::plan,
@@ -163,7 +165,7 @@ void check_messages() {
   expect_failure("head dimension of v that no kernel serves", launch_fwd(narrow, nullptr),
                  {"head_dim 64 of q and k with head_dim 32 of v, bf16", "forward pass",
                   "compute capability 9.0", "from 129 to 192 with v's up to 128",
-                  "built: sm90,sm80; head_dim 64; dtype bf16", "FLASH_ATTN_ISA: all)"});
+                  "built: sm90,sm80; head_dim 64/32,64; dtype bf16", "FLASH_ATTN_ISA: all)"});
   expect(seen.launched == 0, "launched without a kernel for v's head dimension");
   narrow.problem.mask = MaskKind::kCausal;
   expect(launch_fwd(narrow, nullptr).code == cudaSuccess && seen.launched == 90,
