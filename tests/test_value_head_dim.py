@@ -51,6 +51,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flash_attn import (
     flash_attn_func,
+    flash_attn_interface,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
@@ -213,6 +214,31 @@ def test_s_dmask_has_the_dropped_weights(device: str, case: AttnCase) -> None:
     shape = (range(case.batch), case.heads[0], case.seqlen_q, case.seqlen_k)
     keep = keep_mask(state.cpu(), *shape, case.dropout, x.q.device)
     assert_probs(case, x.q, x.k, probs, keep, None)
+
+
+@pytest.mark.cuda
+@needs_hopper
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+def test_the_usual_call_takes_the_quick_way(
+    device: str, varlen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past Python's checks, with the same bits."""
+    name = "_fast_varlen_attend" if varlen else "_fast_attend"
+    quick, served = getattr(flash_attn_interface, name), []
+
+    def attend(*arguments: object) -> Tensor | None:
+        served.append(quick(*arguments))
+        return served[-1]
+
+    monkeypatch.setattr(flash_attn_interface, name, attend)
+    x = make_varlen_inputs(LENGTHS, device) if varlen else make_inputs(MLA, device)
+    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k) if varlen else ()
+    function = flash_attn_varlen_func if varlen else flash_attn_func
+    out = function(x.q, x.k, x.v, *lengths, causal=True)
+    assert out is served[0]
+    want = function(x.q, x.k, x.v, *lengths, causal=True, return_attn_probs=True)[0]
+    assert served[1] is None
+    assert_bitwise("out", out, want, "the usual call")
 
 
 # --- torch.compile, fake tensors, transforms ------------------------------------------------------

@@ -5,7 +5,8 @@ which serves paged keys and keys with leading gaps alike, and goes through ``att
 
 Tensors: q, out and their gradients (total_q, heads_q, head_dim); k, v and theirs (total_k, heads_k,
 head_dim), or paged k and v (num_blocks, page_size, heads_k, head_dim); lse (heads_q, total_q).  Rows
-that belong to no sequence have out 0, lse +inf and gradients 0.
+that belong to no sequence have out 0, lse +inf and gradients 0.  v and out may have a head_dim of their
+own, as in ``attention``.
 """
 
 import math
