@@ -211,6 +211,23 @@ def test_append_that_is_refused_leaves_the_cache_as_it_was(
 
 
 @pytest.mark.cuda
+def test_append_with_too_many_thread_blocks_leaves_the_cache_as_it_was(device: str) -> None:
+    """2^24 rows in 128 parts each, about 1 GiB of new keys and queries."""
+    build = cuda_build()
+    if 32 not in build["head_dims"]:
+        pytest.skip("needs a build with head dimension 32")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[build["dtypes"][0]]
+    q, k, v = (torch.ones(2**20, 1, 16, 8, dtype=dtype, device=device) for _ in range(3))
+    caches = [torch.zeros(1, 16, 16, 8, dtype=dtype, device=device) for _ in range(2)]
+    table = torch.zeros(2**20, 1, dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match="invalid configuration"):
+        flash_attn_with_kvcache(
+            q, *caches, k, v, cache_seqlens=5, block_table=table, num_splits=128
+        )
+    assert not any(cache.any() for cache in caches)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("text", ["100", "99 KB", " 99", "-99", "4294967395"])
 def test_environment_that_names_no_size_is_an_error(device: str, text: str) -> None:
     code = (
