@@ -3,8 +3,8 @@
     python benchmarks/bench_build.py                          every file, one at a time
     python benchmarks/bench_build.py --units fwd_sm90_hd128_bf16   these only; the others keep their entry
     python benchmarks/bench_build.py --archs 90               for these architectures only; what the
-                                                              report says of others stays if it is
-                                                              of the same sources and flags
+                                                              report says of others stays if it is of
+                                                              the same sources, flags and compilers
     python benchmarks/bench_build.py --show                   the tables of the last run
 
 Compiles with setup.py's flags, for every size of shared memory and without a compiler cache, writes
@@ -45,6 +45,7 @@ from third_party.fetch_cutlass import Cutlass, CutlassError, fetch_cutlass  # no
 RESULTS = ROOT / "benchmarks" / "results" / "build.json"
 DEFAULT_ARCH = 90
 ARCHS = (80, 86, 89, 90, 120)  # of the report
+GENERATED = Path("build") / "generated_complete"  # setup.py's folder may hold a part of the kernels
 
 
 # --- ptxas -----------------------------------------------------------------------------------------
@@ -250,12 +251,17 @@ def find_compiler(archs: tuple[int, ...] = (DEFAULT_ARCH,)) -> Compiler:
 
 def sources_of_build(archs: tuple[int, ...]) -> list[Path]:
     """Every file of a complete build, relative to the repository; writes the generated ones."""
-    folder = (
-        ROOT / "build" / "generated_complete"
-    )  # setup.py's folder may hold a part of the kernels
-    files = generate(folder, archs, smem_kb=kernel_list.SMEM_KB)
+    files = generate(ROOT / GENERATED, archs, smem_kb=kernel_list.SMEM_KB)
     generated = [path.relative_to(ROOT) for path in files]
     return [*generated[:-1], *build_config.handwritten_sources(), generated[-1]]
+
+
+def sources_of_report() -> set[str]:
+    """Every file of a complete build for all architectures of the report; writes nothing."""
+    generated = [f"{unit.name}.cu" for unit in kernel_list.units(ARCHS)] + ["registry.cpp"]
+    return {
+        str(p) for p in [*(GENERATED / n for n in generated), *build_config.handwritten_sources()]
+    }
 
 
 def select(sources: Sequence[Path], names: Sequence[str]) -> list[Path]:
@@ -330,20 +336,33 @@ def measure(compiler: Compiler, sources: Sequence[Path], folder: Path, jobs: int
     return units
 
 
-def with_other_archs(units: Sequence[Unit], old: dict | None) -> list[dict]:
-    """Entries of units for the report, with what the old one says of architectures not compiled now.
+def with_other_archs(unit: Unit, before: dict | None) -> dict:
+    """A unit's entry in the report, with what the one before says of architectures not compiled now.
 
-    Only what is of the same sources and flags stays.
+    That stays if it is of the same sources.  What the unit cost is of this run alone.
     """
-    known = old["units"] if old and old["flags"] == flags_hash() else []
-    before = {(u["name"], u["hash"]): u["kernels"] for u in known}
-    entries = []
-    for unit in units:
-        entry, compiled = asdict(unit), {build_config.target_name(arch) for arch in unit.archs}
-        others = [k for k in before.get((unit.name, unit.hash), []) if k["arch"] not in compiled]
+    entry, compiled = asdict(unit), {build_config.target_name(arch) for arch in unit.archs}
+    same = before is not None and before["hash"] == unit.hash
+    others = [k for k in before["kernels"] if k["arch"] not in compiled] if same else []
+    if others:
         entry["kernels"] = sorted(others + entry["kernels"], key=lambda kernel: kernel["arch"])
-        entries.append(entry)
-    return entries
+        entry["warnings"] = list(dict.fromkeys(before["warnings"] + entry["warnings"]))
+    return entry
+
+
+def merged(new: dict, units: Sequence[Unit], old: dict | None) -> dict:
+    """The report new, which has no units yet, with units and what the old one says beside them.
+
+    Nothing stays of files that there are no longer, nor of other flags and compilers.
+    """
+    is_same = old is not None and all(old[key] == new[key] for key in ("nvcc", "cutlass", "flags"))
+    known = sources_of_report()
+    kept = {u["name"]: u for u in old["units"] if u["source"] in known} if is_same else {}
+    entries = kept | {unit.name: with_other_archs(unit, kept.get(unit.name)) for unit in units}
+    # Times that stay are of other machines.
+    machines = old["machine"].split("; ") if len(entries) > len(units) else []
+    machine = "; ".join(dict.fromkeys([*machines, new["machine"]]))
+    return new | {"machine": machine, "units": [entries[name] for name in sorted(entries)]}
 
 
 def as_json(report: dict) -> str:
@@ -384,16 +403,13 @@ def main() -> None:
     except (BuildError, CutlassError) as error:
         sys.exit(f"bench_build.py: {error}")
 
-    known = {str(source) for source in everything}
-    kept = {u["name"]: u for u in (old["units"] if old else []) if u["source"] in known}
-    kept |= {entry["name"]: entry for entry in with_other_archs(units, old)}
-    report = {
+    head = {
         "nvcc": compiler.toolkit.version,
         "cutlass": compiler.cutlass.version,
         "machine": _machine(),
         "flags": flags_hash(),
-        "units": sorted(kept.values(), key=lambda u: u["name"]),
     }
+    report = merged(head, units, old)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(as_json(report))
     print(f"\n{tables(report)}\n\n{len(units)} files in {wall:.0f} s, {args.jobs} at a time")

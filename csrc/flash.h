@@ -143,7 +143,11 @@ struct MergeParams {
 
 // How a kernel will serve a call.  A caller reads workspace_bytes; the rest is for the kernel that made the plan.
 struct Plan {
-  int smem_kb;  // of shared memory that thread blocks may have: decided by who asks for the plan, kept for its launch
+  // What the call may use, decided by who asks for the plan and kept for its launch: KB of shared memory of a thread block, and what
+  // a GPU of this compute capability has.
+  int smem_kb, capability;
+  cudaError_t
+      refused;  // why the kernel cannot be launched; cudaSuccess: nothing is known against it
   int64_t workspace_bytes;  // device memory that the launch needs, aligned to 16 bytes, not cleared
   int64_t counters;         // zeroed ints that the launch needs; host/ has them
   void const* entry;  // of the registry; null: no kernel serves the call, and the launch says why
@@ -156,16 +160,22 @@ struct Status {
   char const* message;
 };
 
-Status launch_fwd(FwdParams const& params, cudaStream_t stream);
+// Plans are for these params alone, and for the current device.  check_plan: the error that the launch would be, known before anything
+// is launched; for calls that write to the caller's memory before their attention.
+Plan plan_fwd(FwdParams const& params);
+Status check_plan(FwdParams const& params, Plan const& plan);
+Status launch_fwd(FwdParams const& params, Plan const& plan, cudaStream_t stream);
+Status launch_fwd(FwdParams const& params, cudaStream_t stream);  // planned and launched at once
 
-// Plans are for these params alone, and for the current device.
 Plan plan_bwd(BwdParams const& params);
 Status launch_bwd(BwdParams const& params, Plan const& plan, void* workspace, cudaStream_t stream);
 Plan plan_decode(DecodeParams const& params);
+Status check_plan(DecodeParams const& params, Plan const& plan);
 Status launch_decode(DecodeParams const& params, Plan const& plan, void* workspace,
                      cudaStream_t stream);
 
-Status launch_kv_update(KvUpdateParams const& params, cudaStream_t stream);
+// capability: as in a plan.
+Status launch_kv_update(KvUpdateParams const& params, int capability, cudaStream_t stream);
 Status launch_merge_states(MergeParams const& params, cudaStream_t stream);
 Status launch_attn_probs(ProbsParams const& params, cudaStream_t stream);
 // state: seed, offset; device.
@@ -177,8 +187,12 @@ Status pin_isa(char const* isa);
 char const* pinned_isa();
 
 // Tests only: thread blocks get no more than so many KB of shared memory, 99, 163 or 227; 0: what the device allows.  A smaller limit
-// than the device's also keeps calls to sm80.  At the start it is the environment's FLASH_ATTN_TEST_SMEM_KB.
+// than the device's makes it a GPU of compute capability 8.0 for all that is decided on the host: calls take sm80's kernels, without
+// clusters and without early starts.  At the start it is the environment's FLASH_ATTN_TEST_SMEM_KB.
 Status limit_smem_kb(int kb);
+
+// What calls are planned for: the current device's compute capability, for example 90, or 80 under a smaller limit.
+int planned_capability();
 
 // What one unit of the build serves.
 struct KernelInfo {

@@ -99,7 +99,8 @@ def test_dispatch_to_made_up_kernels(tmp_path: Path) -> None:
     program = build("check_dispatch", tmp_path, optimise="-O1")
     for isa in ("", "sm80", "sm90", "hopper"):
         assert " 0 wrong" in run(program, isa, FLASH_ATTN_ISA=isa, FLASH_ATTN_TEST_SMEM_KB="")
-    for kb in ("99", "163", "227", "100", "0", "-99", "99 KB", "small"):
+    wrong = ("100", "0", "-99", "+99", "099", " 99", "99 ", "99 KB", "4294967395", "small")
+    for kb in ("99", "163", "227", *wrong):
         env = {"FLASH_ATTN_ISA": "", "FLASH_ATTN_TEST_SMEM_KB": kb}
         assert " 0 wrong" in run(program, "", kb, **env)
 

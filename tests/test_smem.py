@@ -28,7 +28,7 @@ from decoding import DecodeCase, check_decode, make_decode_inputs
 from harness import assert_same_result, check_case, check_varlen, run_flash
 
 from csrc.kernels import kernel_list
-from flash_attn import flash_attn_func
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
 from flash_attn._head_dims import HEAD_DIMS
 
 # Lengths around the ends of tiles of 32, 48, 64 and 128.
@@ -56,6 +56,13 @@ DECODING = [
     DecodeCase((300, 5, 200), seqlen_q, (8, 2), head_dim, Mask.causal, page_size=page_size)
     for head_dim in HEAD_DIMS
     for seqlen_q, page_size in ((1, 0), (1, 16), (30, 48))
+]
+# One sequence: its thread blocks are clusters on a GPU of 9.0, and read what was appended by a kernel that
+# started early.  A limit takes both away.
+DECODING += [
+    DecodeCase((2000,), 1, (8, 2), head_dim, Mask.causal, append=append)
+    for head_dim in HEAD_DIMS
+    for append in (None, 1)
 ]
 each_size = pytest.mark.parametrize("kb", built_smem_kb())
 
@@ -114,15 +121,25 @@ def test_decoding_matches_the_oracle(device: str, case: DecodeCase, kb: int, lim
 
 @each_size
 @pytest.mark.cuda
-def test_a_limit_between_plan_and_launch_changes_nothing(device: str, kb: int, limit_smem) -> None:
-    """Forward under one limit, backward of the same graph under another."""
-    q = torch.randn(1, 130, 2, 128, dtype=torch.bfloat16, device=device, requires_grad=True)
-    limit_smem(kb)
-    out = flash_attn_func(q, q, q, causal=True)
-    (limited,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+def test_backward_takes_what_the_forward_of_another_limit_saved(
+    device: str, head_dim: int, kb: int, limit_smem
+) -> None:
+    """Forward under a limit and backward without, and the reverse.
+
+    That a plan keeps its limit until its launch is checked without a GPU: cpp/check_dispatch.cpp.
+    """
+    case = AttnCase(130, 203, (4, 2), head_dim, Mask.causal, "bf16", batch=2)
+    x = make_inputs(case, device)
+    q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
     limit_smem(0)
-    (own,) = torch.autograd.grad(out.sum(), q)
-    assert (limited - own).norm() <= 2e-2 * own.norm()
+    expected = torch.autograd.grad(flash_attn_func(q, k, v, causal=True), (q, k, v), x.dout)
+    for of_forward, of_backward in ((kb, 0), (0, kb)):
+        limit_smem(of_forward)
+        out = flash_attn_func(q, k, v, causal=True)
+        limit_smem(of_backward)
+        for got, want in zip(torch.autograd.grad(out, (q, k, v), x.dout), expected, strict=True):
+            assert (got - want).norm() <= 2e-2 * want.norm()
 
 
 @pytest.mark.parametrize("kb", [-1, 1, 100, 228])
@@ -131,26 +148,87 @@ def test_a_limit_that_is_no_size_is_refused(kb: int, limit_smem) -> None:
         limit_smem(kb)
 
 
+def size_that_is_not_built() -> int:
+    """A size below all that this build has tiles for; skips where there is none."""
+    smallest = min(cuda_build()["smem_kb"])
+    kb = next((kb for kb in reversed(kernel_list.SMEM_KB) if kb < smallest), None)
+    if kb is None:
+        pytest.skip("needs a build without tiles for 99 KB")
+    return kb
+
+
 @pytest.mark.cuda
 def test_tiles_that_are_not_built_are_named(device: str, limit_smem) -> None:
     """The backward of 256 fits no smaller size than its own."""
-    build = cuda_build()
-    kb = next((kb for kb in reversed(kernel_list.SMEM_KB) if kb < min(build["smem_kb"])), None)
-    if kb is None or 256 not in build["head_dims"]:
-        pytest.skip("needs a build without tiles for 99 KB")
+    build, kb = cuda_build(), size_that_is_not_built()
+    if 256 not in build["head_dims"]:
+        pytest.skip("needs a build with head dimension 256")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[build["dtypes"][0]]
     q = torch.randn(1, 64, 1, 256, dtype=dtype, device=device, requires_grad=True)
     out = flash_attn_func(q, q, q)
     limit_smem(kb)
     sizes = ",".join(map(str, build["smem_kb"]))
-    with pytest.raises(RuntimeError, match=f"tiles for {sizes} KB.*allows {kb} KB: rebuild with"):
+    remedy = f"rebuild with a FLASH_ATTN_SMEM_KB that has {kb}"
+    with pytest.raises(RuntimeError, match=f"tiles for {sizes} KB.*allows {kb} KB: {remedy}"):
         torch.autograd.grad(out.sum(), q, retain_graph=True)
     limit_smem(0)
     torch.autograd.grad(out.sum(), q)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("text", ["100", "99 KB", "-99"])
+@pytest.mark.filterwarnings("ignore:.*head_dim")
+@pytest.mark.parametrize("head_dim", [64, 59])
+@pytest.mark.parametrize("is_paged", [False, True], ids=["dense", "paged"])
+@pytest.mark.parametrize("why", ["no kernel", "no tile"])
+def test_append_that_is_refused_leaves_the_cache_as_it_was(
+    device: str, why: str, is_paged: bool, head_dim: int, pin_isa, limit_smem
+) -> None:
+    if why == "no tile":
+        limit_smem(size_that_is_not_built())
+    else:
+        pin_isa("sm90")  # which has no decoding
+    build = cuda_build()
+    if 64 not in build["head_dims"]:
+        pytest.skip("needs a build with head dimension 64")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[build["dtypes"][0]]
+    q, k, v = (torch.randn(2, 1, 2, head_dim, dtype=dtype, device=device) for _ in range(3))
+    caches = [torch.randn(2, 64, 2, head_dim, dtype=dtype, device=device) for _ in range(2)]
+    before = [(cache.clone(), cache._version) for cache in caches]
+    table = torch.tensor([[1], [0]], dtype=torch.int32, device=device) if is_paged else None
+    cos, sin = (torch.randn(64, 8, dtype=dtype, device=device) for _ in range(2))
+
+    def append() -> torch.Tensor:
+        lengths = dict(cache_seqlens=5, block_table=table)
+        return flash_attn_with_kvcache(q, *caches, k, v, cos, sin, **lengths, causal=True)
+
+    with pytest.raises(RuntimeError, match="no kernel for|launch of the"):
+        append()
+    for cache, (values, version) in zip(caches, before, strict=True):
+        assert torch.equal(cache, values) and cache._version == version
+    pin_isa(""), limit_smem(0)
+    assert append().isfinite().all()
+    assert not any(torch.equal(cache, values) for cache, (values, _) in zip(caches, before))
+
+
+@pytest.mark.cuda
+def test_append_with_too_many_thread_blocks_leaves_the_cache_as_it_was(device: str) -> None:
+    """2^24 rows in 128 parts each, about 1 GiB of new keys and queries."""
+    build = cuda_build()
+    if 32 not in build["head_dims"]:
+        pytest.skip("needs a build with head dimension 32")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[build["dtypes"][0]]
+    q, k, v = (torch.ones(2**20, 1, 16, 8, dtype=dtype, device=device) for _ in range(3))
+    caches = [torch.zeros(1, 16, 16, 8, dtype=dtype, device=device) for _ in range(2)]
+    table = torch.zeros(2**20, 1, dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match="invalid configuration"):
+        flash_attn_with_kvcache(
+            q, *caches, k, v, cache_seqlens=5, block_table=table, num_splits=128
+        )
+    assert not any(cache.any() for cache in caches)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("text", ["100", "99 KB", " 99", "-99", "4294967395"])
 def test_environment_that_names_no_size_is_an_error(device: str, text: str) -> None:
     code = (
         "import torch, flash_attn as f; q = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16, "

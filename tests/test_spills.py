@@ -100,27 +100,80 @@ def test_parser_of_text_without_kernels() -> None:
     assert bench_build.parse_ptxas("ptxas info    : 0 bytes gmem\n") == []
 
 
-def _unit(archs: list[int], code: str, registers: int) -> bench_build.Unit:
+HEAD = {"nvcc": "13.0", "cutlass": "4.2.0", "machine": "m", "flags": "f"}
+
+
+def _unit(
+    archs: list[int], code: str, registers: int, name: str = "bwd_sm80_hd64_bf16"
+) -> bench_build.Unit:
     kernels = [bench_build.Kernel("k", build_config.target_name(arch), registers) for arch in archs]
-    return bench_build.Unit("u", "u.cu", 1.0, 1.0, 1.0, archs, 1, [], code, kernels)
+    source = str(bench_build.GENERATED / f"{name}.cu")
+    warnings = [f"a warning of {arch}" for arch in archs]
+    return bench_build.Unit(
+        name, source, 1.0, 1.0, 1.0, archs, 1, [], code, kernels, warnings=warnings
+    )
 
 
 @pytest.mark.parametrize(
-    "code, flags, kept",
-    [("same", "same", True), ("other", "same", False), ("same", "other", False)],
+    "code, head, kept",
+    [
+        ("same", {}, True),
+        ("other", {}, False),
+        ("same", {"flags": "other"}, False),
+        ("same", {"nvcc": "13.1"}, False),
+    ],
+    ids=["same", "code", "flags", "compiler"],
 )
 def test_report_keeps_other_architectures_of_the_same_code(
-    code: str, flags: str, kept: bool
+    code: str, head: dict[str, str], kept: bool
 ) -> None:
-    old = {"flags": bench_build.flags_hash() if flags == "same" else flags}
-    old["units"] = bench_build.with_other_archs([_unit([80, 90], "same", 1)], None)
-    (entry,) = bench_build.with_other_archs([_unit([90, 120], code, 2)], old)
+    old = bench_build.merged(HEAD, [_unit([80, 90], "same", 1)], None)
+    (entry,) = bench_build.merged(HEAD | head, [_unit([90, 120], code, 2)], old)["units"]
     found = {kernel["arch"]: kernel["registers"] for kernel in entry["kernels"]}
     assert found == ({"sm_80": 1} if kept else {}) | {"sm_90a": 2, "sm_120": 2}
+    assert ("a warning of 80" in entry["warnings"]) == kept
+    assert entry["archs"] == [90, 120]  # what it cost is of the last run
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["90 last", "90 first"])
+def test_report_of_two_runs_has_the_units_of_both(order: int) -> None:
+    """A run without sm_90 has none of its own units to compile, and leaves them."""
+    own = "fwd_sm90_hd64_bf16"
+    without, of_90 = [_unit([80, 86, 89, 120], "c", 1)], [_unit([90], "c", 1)]
+    runs = [without, [*of_90, _unit([90], "c", 1, own)]][::order]
+    report = None
+    for units, machine in [*zip(runs, ("m", "n"), strict=True), (runs[1], "n")]:
+        report = bench_build.merged(HEAD | {"machine": machine}, units, report)
+    shared, alone = report["units"]
+    assert (shared["name"], alone["name"]) == ("bwd_sm80_hd64_bf16", own)
+    targets = {build_config.target_name(arch) for arch in bench_build.ARCHS}
+    assert {kernel["arch"] for kernel in shared["kernels"]} == targets
+    assert report["machine"] == ("n" if order == 1 else "m; n")
+
+
+def test_report_forgets_files_that_are_gone() -> None:
+    old = bench_build.merged(HEAD, [_unit([80], "c", 1, "bwd_sm80_hd65_bf16")], None)
+    report = bench_build.merged(HEAD, [_unit([80], "c", 1)], old)
+    assert [unit["name"] for unit in report["units"]] == ["bwd_sm80_hd64_bf16"]
+
+
+def test_report_has_tiles_for_every_size_that_a_build_has_by_default() -> None:
+    for arch in bench_build.ARCHS:
+        assert set(kernel_list.smem_kb([arch])) <= set(kernel_list.SMEM_KB)
+    sources = [bench_build.ROOT / s for s in bench_build.sources_of_build(bench_build.ARCHS)]
+    units = [
+        s for s in sources if s.parent.name == bench_build.GENERATED.name and s.suffix == ".cu"
+    ]
+    assert len(units) == len(kernel_list.units(bench_build.ARCHS))
+    sizes = ", ".join(f"SmemSize::k{kb}" for kb in kernel_list.SMEM_KB)
+    assert all(f"BuiltSizes<{sizes}>" in source.read_text() for source in units)
+    assert {
+        str(s.relative_to(bench_build.ROOT)) for s in sources
+    } == bench_build.sources_of_report()
 
 
 def test_report_has_a_line_for_each_kernel() -> None:
-    report = {"flags": "f", "units": bench_build.with_other_archs([_unit([80, 90], "", 7)], None)}
+    report = bench_build.merged(HEAD, [_unit([80, 90], "", 7)], None)
     text = bench_build.as_json(report)
     assert json.loads(text) == report
     lines = [line for line in text.splitlines() if '"registers": 7' in line]

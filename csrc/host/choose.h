@@ -6,15 +6,15 @@ namespace flash {
 
 // Isas that a call may use.
 struct Allowed {
-  int pinned;           // an Isa's number; 0: all
-  int (*capability)();  // of the GPU, for example 90; 0 where it cannot be asked
+  int pinned;      // an Isa's number; 0: all
+  int capability;  // of the GPU, for example 90; 0 where it cannot be asked
 };
 
 // sm80 kernels are for every newer GPU too; what a GPU has no code for, its launch reports.  Code with sm_90a's instructions runs on
 // GPUs of compute capability 9.0 alone.
 inline bool is_allowed(Isa isa, Allowed const& allowed) {
   if (allowed.pinned != 0 && allowed.pinned != int(isa)) { return false; }
-  return isa == Isa::kSm80 || allowed.capability() == int(isa);
+  return isa == Isa::kSm80 || allowed.capability == int(isa);
 }
 
 template <class Params>

@@ -30,14 +30,12 @@ std::string list_of(EntryType const* const* entries, Name name) {
   return list;
 }
 
-// A GPU with less shared memory than sm_90's has none of the newer isas.
-int capability_of_call() { return is_smem_lowered() ? int(Isa::kSm80) : compute_capability(); }
-
 template <class Params>
-Entry<Params> const* choose(Entry<Params> const* const* entries, Params const& params) {
+Entry<Params> const* choose(Entry<Params> const* const* entries, Params const& params,
+                            int capability) {
   if (wrong_smem_text()) { return nullptr; }
   return choose(entries, params, built_head_dim(params.problem.head_dim),
-                {pinned_number(), &capability_of_call});
+                {pinned_number(), capability});
 }
 
 // What kernels for v of another head dimension serve: "from 129 to 192 with v's up to 128".
@@ -115,24 +113,68 @@ Status nothing_serves(Entry<Params> const* const* entries, Params const& params)
 }
 
 template <class Params>
-Plan make_plan(Entry<Params> const* entry, Params const& params) {
+Plan make_plan(Entry<Params> const* const* entries, Params const& params) {
   Plan plan{};
-  plan.entry = entry, plan.smem_kb = smem_limit_kb();
+  plan.smem_kb = smem_limit_kb(), plan.capability = planned_capability();
+  auto const* const entry = choose(entries, params, plan.capability);
+  plan.entry              = entry;
   if (entry) { entry->plan(params, plan); }
   return plan;
 }
 
-// The last of the sizes, which fall.
-int smallest_built_kb() {
-  char const* const comma = std::strrchr(kBuiltSmemKb, ',');
-  return std::atoi(comma ? comma + 1 : kBuiltSmemKb);
+// Whether code for one of the built architectures runs on a GPU: that of its major version, and of a minor one that is not newer.
+bool is_built_for(int capability) {
+  for (char const* arch = kBuiltArchs; arch; arch = std::strchr(arch, ',')) {
+    arch += *arch == ',';
+    int const built = std::atoi(arch);
+    if (built / 10 == capability / 10 && built <= capability) { return true; }
+  }
+  return false;
+}
+
+// What a rebuild must have for the launch not to fail like this; empty if none would help.
+std::string remedy(cudaError_t code, Plan const& plan) {
+  int const capability = compute_capability();
+  if (capability == 0) { return ""; }  // nobody knows the GPU
+  if (!is_built_for(capability) || code == cudaErrorNoKernelImageForDevice) {
+    return ": rebuild with a FLASH_ATTN_CUDA_ARCHS that has " + std::to_string(capability);
+  }
+  char const* const smallest = std::strrchr(kBuiltSmemKb, ',');  // the last: sizes fall
+  if (plan.smem_kb >= std::atoi(smallest ? smallest + 1 : kBuiltSmemKb)) { return ""; }
+  for (SmemSize size : kSmemSizes) {
+    if (int(size) <= plan.smem_kb) {
+      return ": rebuild with a FLASH_ATTN_SMEM_KB that has " + std::to_string(int(size));
+    }
+  }
+  return "";
+}
+
+template <class EntryType>
+Status launch_failure(EntryType const& entry, Plan const& plan, cudaError_t code) {
+  return failure(code,
+                 "launch of the %s kernel for head_dim %d, %s failed: %s (built for architectures "
+                 "%s, with tiles for %s KB of shared memory per thread block; %s allows %d KB%s)",
+                 name_of(entry.isa), entry.head_dim, name_of(entry.dtype), cudaGetErrorString(code),
+                 kBuiltArchs, kBuiltSmemKb,
+                 is_smem_lowered() ? "FLASH_ATTN_TEST_SMEM_KB" : "this GPU", plan.smem_kb,
+                 remedy(code, plan).c_str());
+}
+
+// The error that a launch would be by its plan.
+template <class Params>
+Status check(Entry<Params> const* const* entries, Params const& params, Plan const& plan) {
+  auto const* const entry = static_cast<Entry<Params> const*>(plan.entry);
+  if (!entry) { return nothing_serves(entries, params); }
+  if (plan.refused != cudaSuccess) { return launch_failure(*entry, plan, plan.refused); }
+  return {cudaSuccess, nullptr};
 }
 
 template <class Params>
 Status launch(Entry<Params> const* const* entries, Params const& params, Plan const& plan,
               void* workspace, cudaStream_t stream) {
+  Status const planned = check(entries, params, plan);
+  if (planned.code != cudaSuccess) { return planned; }
   auto const* const entry = static_cast<Entry<Params> const*>(plan.entry);
-  if (!entry) { return nothing_serves(entries, params); }
   Scratch scratch{workspace, nullptr};
   if (plan.counters > 0) {
     scratch.counters = zeroed_counters(plan.counters, stream);
@@ -141,30 +183,33 @@ Status launch(Entry<Params> const* const* entries, Params const& params, Plan co
     }
   }
   cudaError_t const code = entry->launch(params, plan, scratch, stream);
-  if (code == cudaSuccess) { return {cudaSuccess, nullptr}; }
-  return failure(code,
-                 "launch of the %s kernel for head_dim %d, %s failed: %s (built for architectures "
-                 "%s, with tiles for %s KB of shared memory per thread block; %s allows %d KB%s)",
-                 name_of(entry->isa), entry->head_dim, name_of(entry->dtype),
-                 cudaGetErrorString(code), kBuiltArchs, kBuiltSmemKb,
-                 is_smem_lowered() ? "FLASH_ATTN_TEST_SMEM_KB" : "this GPU", plan.smem_kb,
-                 plan.smem_kb < smallest_built_kb() ? ": rebuild with FLASH_ATTN_SMEM_KB" : "");
+  return code == cudaSuccess ? Status{cudaSuccess, nullptr} : launch_failure(*entry, plan, code);
 }
 
 }  // namespace
 
+// A GPU with less shared memory than sm_90's has none of the newer isas, and nothing else that came with sm_90.
+int planned_capability() { return is_smem_lowered() ? int(Isa::kSm80) : compute_capability(); }
+
+Plan plan_fwd(FwdParams const& params) { return make_plan(kFwdEntries, params); }
+Status check_plan(FwdParams const& params, Plan const& plan) {
+  return check(kFwdEntries, params, plan);
+}
+Status launch_fwd(FwdParams const& params, Plan const& plan, cudaStream_t stream) {
+  return launch(kFwdEntries, params, plan, nullptr, stream);
+}
 Status launch_fwd(FwdParams const& params, cudaStream_t stream) {
-  return launch(kFwdEntries, params, make_plan(choose(kFwdEntries, params), params), nullptr,
-                stream);
+  return launch_fwd(params, plan_fwd(params), stream);
 }
 
-Plan plan_bwd(BwdParams const& params) { return make_plan(choose(kBwdEntries, params), params); }
+Plan plan_bwd(BwdParams const& params) { return make_plan(kBwdEntries, params); }
 Status launch_bwd(BwdParams const& params, Plan const& plan, void* workspace, cudaStream_t stream) {
   return launch(kBwdEntries, params, plan, workspace, stream);
 }
 
-Plan plan_decode(DecodeParams const& params) {
-  return make_plan(choose(kDecodeEntries, params), params);
+Plan plan_decode(DecodeParams const& params) { return make_plan(kDecodeEntries, params); }
+Status check_plan(DecodeParams const& params, Plan const& plan) {
+  return check(kDecodeEntries, params, plan);
 }
 Status launch_decode(DecodeParams const& params, Plan const& plan, void* workspace,
                      cudaStream_t stream) {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "host/failure.h"
 #include "host/names.h"
@@ -19,9 +20,13 @@ int number_of(char const* name) {
   return kNoIsa;
 }
 
+// FLASH_ATTN_ISA as it was when the first call asked for it.
 char const* environment() {
-  char const* const text = std::getenv("FLASH_ATTN_ISA");
-  return text ? text : "";
+  static std::string const text = [] {
+    char const* const found = std::getenv("FLASH_ATTN_ISA");
+    return found ? found : "";
+  }();
+  return text.c_str();
 }
 
 std::atomic<int>& pinned() {

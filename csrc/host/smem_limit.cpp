@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <string>
 
 #include "host/failure.h"
 #include "pieces/device_info.h"
@@ -13,16 +14,22 @@ namespace {
 
 constexpr int kNoLimit = 0, kWrong = -1;
 
-char const* limit_text() {
-  char const* const text = std::getenv("FLASH_ATTN_TEST_SMEM_KB");
-  return text ? text : "";
+// As it was when the first call asked for it.
+std::string const& limit_text() {
+  static std::string const text = [] {
+    char const* const found = std::getenv("FLASH_ATTN_TEST_SMEM_KB");
+    return found ? found : "";
+  }();
+  return text;
 }
 
-int limit_in(char const* text) {
-  if (!*text) { return kNoLimit; }
-  char* end     = nullptr;
-  long const kb = std::strtol(text, &end, 10);
-  return *end == 0 && is_smem_size(int(kb)) ? int(kb) : kWrong;
+// Nothing but the size's own digits is a size.
+int limit_in(std::string const& text) {
+  if (text.empty()) { return kNoLimit; }
+  for (SmemSize size : kSmemSizes) {
+    if (text == std::to_string(int(size))) { return int(size); }
+  }
+  return kWrong;
 }
 
 std::atomic<int>& limit() {
@@ -42,7 +49,7 @@ int smem_limit_kb() {
 bool is_smem_lowered() { return smem_limit_kb() < device_kb(); }
 
 char const* wrong_smem_text() {
-  return limit().load(std::memory_order_relaxed) == kWrong ? limit_text() : nullptr;
+  return limit().load(std::memory_order_relaxed) == kWrong ? limit_text().c_str() : nullptr;
 }
 
 Status limit_smem_kb(int kb) {

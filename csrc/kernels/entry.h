@@ -23,7 +23,8 @@ struct Scratch {
 };
 
 // serves: whether the kernels can do this call, on a GPU that has the isa.  It asks for what they cannot do, never whether they are
-// fast.  plan: called for what they serve; sets what the launch needs.  launch: gets a plan of these params.
+// fast.  plan: called for what they serve; sets what the launch needs, or refused.  launch: gets a plan of these params that was not
+// refused.
 template <class ParamsOfPass>
 struct Entry {
   using Params = ParamsOfPass;

@@ -228,7 +228,8 @@ PYBIND11_MODULE(flash_attn_2_cuda, m) {
   m.def(
       "limit_smem_kb", [](int kb) { flash::check_status(flash::limit_smem_kb(kb)); },
       "For tests: thread blocks get no more than 99, 163 or 227 KB of shared memory, as the "
-      "environment's FLASH_ATTN_TEST_SMEM_KB says at the start; 0: what the device allows.");
+      "environment's FLASH_ATTN_TEST_SMEM_KB says at the start; 0: what the device allows.  A size "
+      "below that makes it a GPU of compute capability 8.0 for what is decided on the host.");
   m.def("smem_kb", &smem_kb_of, "KB of shared memory that a device allows a thread block.");
   // Called by flash_attn/flash_attn_interface.py; pybind11 takes longer to convert arguments than attention to one tile takes.
   auto const fast = [](auto function) {

@@ -1,4 +1,4 @@
-// Operators flash_attn::_flash_attn_kvcache and merge_states on CUDA, and the forward pass with a block table.
+// Operator flash_attn::_flash_attn_kvcache on CUDA, and the forward pass with a block table.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <limits>
+#include <optional>
 
 #include "kernels/head_dims.h"
 #include "torch/checks.h"
@@ -117,19 +118,31 @@ Problem cache_problem(at::Tensor const& q, int64_t batch, KvCache const& cache, 
   return problem;
 }
 
-// Appends, and returns q, rotated where there are rotary tables.
-at::Tensor append(Append const& rows, at::Tensor const& q, Problem const& problem,
-                  KvCache const& cache, bool advance_q, cudaStream_t stream) {
+// New rows that have been checked.
+struct Update {
+  at::Tensor k, v, q;  // q: where the rotated one will be; without rotary tables as it is
+  KvUpdateParams params;
+
+  void write(at::Tensor const& k_cache, at::Tensor const& v_cache, cudaStream_t stream) const {
+    check_status(launch_kv_update(params, planned_capability(), stream));
+    for (at::Tensor const* cache : {&k_cache, &v_cache}) {
+      if (!cache->is_inference()) { cache->unsafeGetTensorImpl()->bump_version(); }
+    }
+  }
+};
+
+Update make_update(Append const& rows, at::Tensor const& q, Problem const& problem,
+                   KvCache const& cache, bool advance_q) {
   std::vector<int64_t> shape = q.sizes().vec();
   shape[q.dim() - 2]         = problem.heads_kv;
   if (q.dim() == 4) { shape[1] = rows.k.size(1); }
   check_like(rows.k, "k", q, shape);
   check_like(rows.v, "v", q, shape);
-  at::Tensor const k = aligned(rows.k), v = aligned(rows.v);
-  KvUpdateParams params{};
+  Update update{aligned(rows.k), aligned(rows.v), rows.rotary_cos ? new_like(q) : q, {}};
+  KvUpdateParams& params = update.params;
   params.problem = problem, params.cache = cache;
-  params.k = ref(k), params.v = ref(v), params.q = ref(q);
-  at::Tensor q_out = q;
+  params.k = ref(update.k), params.v = ref(update.v);
+  params.q = ref(q), params.q_out = ref(update.q);
   if (rows.rotary_cos) {
     TORCH_CHECK(rows.rotary_sin, "rotary_sin: must be given with rotary_cos");
     at::Tensor const &cos = *rows.rotary_cos, &sin = *rows.rotary_sin;
@@ -145,15 +158,12 @@ at::Tensor append(Append const& rows, at::Tensor const& q, Problem const& proble
     TORCH_CHECK(rotary_dim <= q.size(-1), "rotary_dim must be <= headdim; got ", rotary_dim);
     TORCH_CHECK(rotary_dim % 16 == 0, "Only rotary dimensions divisible by 16 are supported; got ",
                 rotary_dim);
-    q_out      = new_like(q);
     params.cos = cos.data_ptr(), params.sin = sin.data_ptr();
     params.cos_stride = cos.stride(0), params.sin_stride = sin.stride(0);
     params.rotary_dim = int(rotary_dim), params.positions = int(cos.size(0));
     params.interleaved = rows.interleaved, params.advance_q = advance_q;
   }
-  params.q_out = ref(q_out);
-  check_status(launch_kv_update(params, stream));
-  return q_out;
+  return update;
 }
 
 // Whether the forward kernels can do it, and have enough to do: a chunk of many queries, keys in one piece, lengths that the host knows.
@@ -166,62 +176,94 @@ bool fits_forward(DecodeParams const& params, CacheArguments const& arguments) {
   return is_plain && tiles >= kManyTiles && params.cache.seqlen + params.cache.seqlen_new > 0;
 }
 
-// Attention to what is in the cache, whose lengths do not count yet what was appended.
-std::tuple<at::Tensor, at::Tensor> attend_aligned(at::Tensor const& q, at::Tensor const& k_cache,
-                                                  CacheArguments const& arguments,
-                                                  Options const& options, int64_t num_splits,
-                                                  DecodeParams params, cudaStream_t stream) {
-  at::Tensor out = new_like(q), lse = new_lse(q);
-  if (out.numel() == 0) { return {out, lse}; }
-  if (k_cache.numel() == 0 || params.cache.capacity == 0) {  // rows that see no key
-    return {out.zero_(), lse.fill_(std::numeric_limits<float>::infinity())};
+struct CacheCall {
+  at::Tensor const &q, &k_cache, &v_cache;
+  CacheArguments const& arguments;
+  Options const& options;
+  int64_t num_splits;
+};
+
+// A call that nothing refuses any more, with its results and all memory that it needs.  Of the attention that serves it, forward and
+// decode, there is one, or none for rows that see no key.
+struct Attention {
+  at::Tensor out, lse;
+  std::optional<FwdParams> forward;
+  std::optional<DecodeParams> decode;
+  Plan plan{};
+  c10::DataPtr workspace;
+
+  std::tuple<at::Tensor, at::Tensor> run(cudaStream_t stream) const {
+    if (forward) {
+      check_status(launch_fwd(*forward, plan, stream));
+    } else if (decode) {
+      check_status(launch_decode(*decode, plan, workspace.get(), stream));
+    } else {
+      out.zero_(), lse.fill_(std::numeric_limits<float>::infinity());
+    }
+    return {out, lse};
   }
-  if (num_splits == 0 && fits_forward(params, arguments)) {
+};
+
+// Attention to what is in the cache, whose lengths do not count yet what will be appended.  To be made before that is written: a call
+// that is refused leaves the cache as it was.
+Attention plan_attention(CacheCall const& call, DecodeParams params) {
+  at::Tensor const& q = call.q;
+  Attention attention{new_like(q), new_lse(q), {}, {}, {}, {}};
+  if (q.numel() == 0 || call.k_cache.numel() == 0 || params.cache.capacity == 0) {
+    return attention;
+  }
+  if (call.num_splits == 0 && fits_forward(params, call.arguments)) {
     int const rows = std::min(params.cache.seqlen + params.cache.seqlen_new, params.cache.capacity);
-    FwdParams const forward{
-        make_problem(q, false, {params.problem.batch, k_cache.size(2), q.size(1), rows}, options),
+    attention.forward = FwdParams{
+        make_problem(q, false, {params.problem.batch, call.k_cache.size(2), q.size(1), rows},
+                     call.options),
         ref(q),
         params.cache.k,
         params.cache.v,
-        ref(out),
-        lse.data_ptr<float>()};
-    check_status(launch_fwd(forward, stream));
-    return {out, lse};
+        ref(attention.out),
+        attention.lse.data_ptr<float>()};
+    attention.plan = plan_fwd(*attention.forward);
+    check_status(check_plan(*attention.forward, attention.plan));
+    return attention;
   }
-  params.q = ref(q), params.out = ref(out), params.lse = lse.data_ptr<float>();
-  params.num_splits = int(num_splits);
-  Plan const plan   = plan_decode(params);
-  c10::DataPtr const workspace =
-      c10::cuda::CUDACachingAllocator::get()->allocate(size_t(plan.workspace_bytes));
-  check_status(launch_decode(params, plan, workspace.get(), stream));
-  return {out, lse};
+  params.q = ref(q), params.out = ref(attention.out);
+  params.lse        = attention.lse.data_ptr<float>();
+  params.num_splits = int(call.num_splits);
+  attention.decode = params, attention.plan = plan_decode(params);
+  check_status(check_plan(params, attention.plan));
+  attention.workspace =
+      c10::cuda::CUDACachingAllocator::get()->allocate(size_t(attention.plan.workspace_bytes));
+  return attention;
 }
 
-// The same where head_dim is no multiple of 8: attention to a padded copy.
-std::tuple<at::Tensor, at::Tensor> attend_padded(at::Tensor const& q, at::Tensor const& k_cache,
-                                                 at::Tensor const& v_cache,
-                                                 CacheArguments const& given,
-                                                 Options const& options, int64_t num_splits,
-                                                 DecodeParams params, cudaStream_t stream) {
+// Where head_dim is no multiple of 8: attention to a padded copy.
+std::tuple<at::Tensor, at::Tensor> attend_padded(CacheCall const& call, DecodeParams params,
+                                                 Update const* update, cudaStream_t stream) {
   at::AutoDispatchBelowAutograd const guard;
-  int64_t rows = params.cache.capacity;
+  CacheArguments const& given = call.arguments;
+  int64_t rows                = params.cache.capacity;
   if (!given.seqlens && !given.cu_seqlens_k) {  // the host knows the lengths, or a bound
     int const added = params.cache.seqlen_new;
     rows = std::min<int64_t>(rows, int64_t(params.cache.seqlen) +
                                        (added == kAsQueries ? params.problem.seqlen_q : added));
   }
-  int64_t const batch                       = params.problem.batch;
-  auto const [k, v, batch_idx, block_table] = padded_cache(k_cache, v_cache, given, batch, rows);
+  int64_t const batch = params.problem.batch;
+  PaddedCache const copy(call.k_cache, call.v_cache, given, batch, rows);
   CacheArguments const arguments{given.cu_seqlens_q, given.cu_seqlens_k, given.max_seqlen_q,
-                                 given.seqlens,      given.seqlen,       batch_idx,
-                                 given.leftpad,      block_table};
-  at::Tensor const wide = padded(q);
-  KvCache cache         = make_cache(k, v, arguments);
+                                 given.seqlens,      given.seqlen,       copy.batch_idx,
+                                 given.leftpad,      copy.block_table};
+  at::Tensor const wide = new_padded(call.q.sizes(), call.q);
+  KvCache cache         = make_cache(copy.k, copy.v, arguments);
   cache.seqlen_new      = params.cache.seqlen_new;
   params.cache          = cache;
-  params.problem        = cache_problem(wide, batch, cache, k.size(2), arguments, options);
-  auto const [out, lse] = attend_aligned(wide, k, arguments, options, num_splits, params, stream);
-  return {out.narrow(-1, 0, q.size(-1)).contiguous(), lse};
+  params.problem = cache_problem(wide, batch, cache, copy.k.size(2), arguments, call.options);
+  Attention const attention =
+      plan_attention({wide, copy.k, copy.v, arguments, call.options, call.num_splits}, params);
+  if (update) { update->write(call.k_cache, call.v_cache, stream); }
+  fill_padded(wide, call.q);
+  copy.fill();
+  auto const [out, lse] = attention.run(stream);
+  return {out.narrow(-1, 0, call.q.size(-1)).contiguous(), lse};
 }
 
 std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tensor const& k_cache,
@@ -244,7 +286,7 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
   c10::cuda::CUDAGuard const guard(q_in.device());
   cudaStream_t const stream = c10::cuda::getCurrentCUDAStream();
   // The kernels' running maximum needs a positive scale: a negative one moves its sign into Q.
-  at::Tensor q = aligned(options.softmax_scale < 0 ? q_in.neg() : q_in);
+  at::Tensor const q = aligned(options.softmax_scale < 0 ? q_in.neg() : q_in);
   DecodeParams params{};
   params.cache   = make_cache(k_cache, v_cache, arguments);
   params.problem = cache_problem(q, batch, params.cache, k_cache.size(2), arguments, options);
@@ -254,18 +296,17 @@ std::tuple<at::Tensor, at::Tensor> attend_cache(at::Tensor const& q_in, at::Tens
               "max_seqlen_q: times the query heads of a key head it must be below 2^30; got ",
               params.problem.seqlen_q, " and ", params.problem.heads_q, " / ",
               params.problem.heads_kv);
+  std::optional<Update> update;
   if (rows) {
     params.cache.seqlen_new = arguments.cu_seqlens_q ? kAsQueries : int(rows->k.size(1));
     bool const advances = options.causal || options.window_left >= 0 || options.window_right >= 0;
-    q                   = append(*rows, q, params.problem, params.cache, advances, stream);
-    for (at::Tensor const* cache : {&k_cache, &v_cache}) {
-      if (!cache->is_inference()) { cache->unsafeGetTensorImpl()->bump_version(); }
-    }
+    update              = make_update(*rows, q, params.problem, params.cache, advances);
   }
-  if (needs_padding(q)) {
-    return attend_padded(q, k_cache, v_cache, arguments, options, num_splits, params, stream);
-  }
-  return attend_aligned(q, k_cache, arguments, options, num_splits, params, stream);
+  CacheCall const call{update ? update->q : q, k_cache, v_cache, arguments, options, num_splits};
+  if (needs_padding(q)) { return attend_padded(call, params, update ? &*update : nullptr, stream); }
+  Attention const attention = plan_attention(call, params);
+  if (update) { update->write(k_cache, v_cache, stream); }
+  return attention.run(stream);
 }
 
 }  // namespace
@@ -313,44 +354,6 @@ std::tuple<at::Tensor, at::Tensor> flash_attn_kvcache_append(
       {number(softmax_scale, softmax_scale_tensor, "softmax_scale_tensor"), causal, window_left,
        window_right, number(softcap, softcap_tensor, "softcap_tensor"), alibi_slopes, 0.0, none},
       num_splits, &rows);
-}
-
-std::tuple<at::Tensor, at::Tensor> merge_states(at::Tensor const& out_a_in,
-                                                at::Tensor const& lse_a_in,
-                                                at::Tensor const& out_b_in,
-                                                at::Tensor const& lse_b_in) {
-  at::Tensor const out_a = aligned(out_a_in), out_b = aligned(out_b_in);
-  TORCH_CHECK(
-      out_a.is_cuda() && (out_a.dim() == 3 || out_a.dim() == 4),
-      "out_a: must be (batch, seqlen, heads, head_dim) or (total, heads, head_dim) on CUDA; "
-      "got ",
-      out_a.sizes(), " on ", out_a.device());
-  TORCH_CHECK(out_a.scalar_type() == at::kHalf || out_a.scalar_type() == at::kBFloat16,
-              "out_a: FlashAttention only support fp16 and bf16 data type; got ",
-              out_a.scalar_type());
-  TORCH_CHECK(out_a.size(-1) % 8 == 0, "out_a: head_dim must be a multiple of 8; got ",
-              out_a.size(-1));
-  check_like(out_b, "out_b", out_a, out_a.sizes());
-  check_rows(lse_a_in, "lse_a", out_a);
-  check_rows(lse_b_in, "lse_b", out_a);
-  c10::cuda::CUDAGuard const guard(out_a.device());
-  at::Tensor const lse_a = lse_a_in.contiguous(), lse_b = lse_b_in.contiguous();
-  at::Tensor out = new_like(out_a), lse = new_like(lse_a);
-  bool const is_ragged = out_a.dim() == 3;
-  MergeParams params{};
-  Problem& problem = params.problem;
-  problem.dtype    = out_a.scalar_type() == at::kHalf ? DType::kFp16 : DType::kBf16;
-  problem.batch    = is_ragged ? 1 : int(out_a.size(0));
-  problem.seqlen_q = int(out_a.size(is_ragged ? 0 : 1));
-  problem.heads_q  = int(out_a.size(-2));
-  problem.head_dim = problem.head_dim_v = int(out_a.size(-1));
-  problem.lse_head_stride               = problem.seqlen_q;
-  problem.lse_batch_stride              = int64_t(problem.heads_q) * problem.seqlen_q;
-  params.out_a = ref(out_a), params.out_b = ref(out_b), params.out = ref(out);
-  params.lse_a = lse_a.data_ptr<float>(), params.lse_b = lse_b.data_ptr<float>();
-  params.lse = lse.data_ptr<float>();
-  check_status(launch_merge_states(params, c10::cuda::getCurrentCUDAStream()));
-  return {out, lse};
 }
 
 }  // namespace flash

@@ -17,17 +17,19 @@ int64_t rounded_up(int64_t size, int64_t multiple) {
 
 }  // namespace
 
-at::Tensor padded(at::Tensor const& x) {
-  std::vector<int64_t> shape = x.sizes().vec();
-  int64_t const size = shape.back(), wide_size = rounded_up(size, kVector);
-  shape.back()          = wide_size;
-  at::Tensor const wide = at::empty(shape, x.options());
-  wide.narrow(-1, 0, size).copy_(x);
-  wide.narrow(-1, size, wide_size - size).zero_();
-  return wide;
+at::Tensor new_padded(at::IntArrayRef sizes, at::Tensor const& like) {
+  std::vector<int64_t> shape = sizes.vec();
+  shape.back()               = rounded_up(shape.back(), kVector);
+  return at::empty(shape, like.options());
 }
 
-PaddedCache padded_cache(at::Tensor const& k_cache, at::Tensor const& v_cache,
+void fill_padded(at::Tensor const& place, at::Tensor const& x) {
+  int64_t const size = x.size(-1);
+  place.narrow(-1, 0, size).copy_(x);
+  place.narrow(-1, size, place.size(-1) - size).zero_();
+}
+
+PaddedCache::PaddedCache(at::Tensor const& k_cache, at::Tensor const& v_cache,
                          CacheArguments const& arguments, int64_t batch, int64_t rows) {
   OptionalTensor const &table = arguments.block_table, &entries = arguments.batch_idx;
   int64_t const pages = k_cache.size(0), page_size = k_cache.size(1);
@@ -40,17 +42,27 @@ PaddedCache padded_cache(at::Tensor const& k_cache, at::Tensor const& v_cache,
   }
   bool const has_index = used.defined(), gathers = has_index && used.numel() < pages;
   // What lies beyond a sequence's length in a block table may be no page, and is copied without being used.
-  if (gathers) { used = used.clamp(0, pages - 1); }
-  auto const copy = [&](at::Tensor const& cache) {
-    at::Tensor part = table ? cache : cache.narrow(1, 0, rows);
-    if (!has_index) { part = part.narrow(0, 0, batch); }
-    at::Tensor const wide = padded(gathers ? part.index_select(0, used) : part);
-    if (!gathers || !table) { return wide; }
-    return wide.view({batch, columns * page_size, wide.size(2), wide.size(3)});
+  if (gathers) { used_ = used.clamp(0, pages - 1); }
+  auto const part_of = [&](at::Tensor const& cache) {
+    at::Tensor const part = table ? cache : cache.narrow(1, 0, rows);
+    return has_index ? part : part.narrow(0, 0, batch);
   };
-  PaddedCache result{copy(k_cache), copy(v_cache), {}, {}};
-  if (!gathers) { result.batch_idx = entries, result.block_table = table; }
-  return result;
+  part_k_ = part_of(k_cache), part_v_ = part_of(v_cache);
+  std::vector<int64_t> shape = part_k_.sizes().vec();
+  if (gathers) { shape[0] = batch, shape[1] = table ? columns * page_size : rows; }
+  k = new_padded(shape, k_cache), v = new_padded(shape, v_cache);
+  if (!gathers) { batch_idx = entries, block_table = table; }
+}
+
+void PaddedCache::fill() const {
+  auto const copy = [&](at::Tensor const& place, at::Tensor const& part) {
+    if (!used_.defined()) { return fill_padded(place, part); }
+    // Pages of a sequence lie one after the other: its rows.
+    std::vector<int64_t> shape = place.sizes().vec();
+    shape.back()               = part.size(-1);
+    fill_padded(place, part.index_select(0, used_).view(shape));
+  };
+  copy(k, part_k_), copy(v, part_v_);
 }
 
 }  // namespace flash

@@ -35,11 +35,11 @@ FwdParams call(int head_dim, DType dtype = DType::kBf16, MaskKind mask = MaskKin
   return params;
 }
 
-Allowed const on_80{0, [] { return 80; }}, on_90{0, [] { return 90; }};
-Allowed const on_100{0, [] { return 100; }}, unknown{0, [] { return 0; }};
-Allowed const old_on_90{int(Isa::kSm80), [] { return 90; }};
-Allowed const new_on_90{int(Isa::kSm90), [] { return 90; }};
-Allowed const no_isa{-1, [] { return 90; }};
+Allowed const on_80{0, 80}, on_90{0, 90};
+Allowed const on_100{0, 100}, unknown{0, 0};
+Allowed const old_on_90{int(Isa::kSm80), 90};
+Allowed const new_on_90{int(Isa::kSm90), 90};
+Allowed const no_isa{-1, 90};
 
 void expect_choice(char const* what, FwdEntry const* const* table, FwdParams const& params,
                    Allowed const& allowed, FwdEntry const* want) {

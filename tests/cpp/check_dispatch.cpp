@@ -12,14 +12,23 @@
 using namespace flash;
 using check::expect;
 
-// --- A GPU of compute capability 9.0 ------------------------------------------------------------
+// --- GPUs ---------------------------------------------------------------------------------------
+
+struct Gpu {
+  int major, minor, smem_kb;
+};
+constexpr Gpu kGpus[] = {{9, 0, 227}, {8, 6, 99}, {12, 0, 99}, {9, 0, 0}};
+enum Device { kHopper, kSm86, kSm120, kUnknown };
+int current_device = kHopper;
 
 extern "C" {
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 9
-           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
-                                                            : 227 * 1024;
+cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device == kUnknown) { return cudaErrorInvalidValue; }
+  Gpu const& gpu = kGpus[device];
+  *value         = attribute == cudaDevAttrComputeCapabilityMajor   ? gpu.major
+                   : attribute == cudaDevAttrComputeCapabilityMinor ? gpu.minor
+                                                                    : gpu.smem_kb * 1024;
   return cudaSuccess;
 }
 char const* cudaGetErrorString(cudaError_t) { return "what CUDA says"; }
@@ -29,12 +38,12 @@ char const* cudaGetErrorString(cudaError_t) { return "what CUDA says"; }
 
 struct Seen {
   int planned, launched;  // the isa
-  int planned_kb, launched_kb;
+  int planned_kb, launched_kb, planned_capability;
   int64_t note;
   void* workspace;
   int* counters;
 } seen;
-cudaError_t result = cudaSuccess;
+cudaError_t result = cudaSuccess, refused = cudaSuccess;
 int counters[4];
 bool has_counters = true;
 
@@ -53,8 +62,10 @@ struct Kernels {
   }
   static void plan(Params const& params, Plan& plan) {
     seen.planned = int(kIsa), seen.planned_kb = plan.smem_kb;
-    plan.workspace_bytes = 16 * int(kIsa);
-    plan.counters        = kIsa == Isa::kSm90 ? 4 : 0;
+    seen.planned_capability = plan.capability;
+    plan.refused            = refused;
+    plan.workspace_bytes    = 16 * int(kIsa);
+    plan.counters           = kIsa == Isa::kSm90 ? 4 : 0;
     put_notes(plan, int64_t(params.problem.batch));
   }
   static cudaError_t launch(Params const&, Plan const& plan, Scratch const& scratch, cudaStream_t) {
@@ -142,6 +153,7 @@ void check_pin() {
                  {"head_dim 64", "bf16", "FLASH_ATTN_ISA: sm90", "sm90,sm80"});
   DecodeParams const decode = call<DecodeParams>(MaskKind::kCausal);
   Plan const plan           = plan_decode(decode);
+  expect_failure("plan without a kernel", check_plan(decode, plan), {"built for: sm80"});
   expect(plan.workspace_bytes == 0, "a plan without a kernel needs %lld bytes",
          (long long)plan.workspace_bytes);
   expect_failure("pinned to an isa without the pass", launch_decode(decode, plan, nullptr, nullptr),
@@ -173,7 +185,11 @@ void check_messages() {
   result = cudaErrorNoKernelImageForDevice;
   expect_failure("failed launch", launch_fwd(call<FwdParams>(MaskKind::kNone), nullptr),
                  {"sm80", "head_dim 64, bf16", "what CUDA says", "80,90", "tiles for 227,163 KB",
-                  "this GPU allows 227 KB)"});
+                  "this GPU allows 227 KB: rebuild with a FLASH_ATTN_CUDA_ARCHS that has 90)"});
+  result = cudaErrorInvalidValue;
+  expect_failure("launch that no rebuild would help",
+                 launch_fwd(call<FwdParams>(MaskKind::kNone), nullptr),
+                 {"sm80", "what CUDA says", "this GPU allows 227 KB)"});
   result       = cudaSuccess;
   has_counters = false;
   seen         = {};
@@ -196,18 +212,52 @@ void check_smem_limit() {
     expect(seen.planned_kb == want && seen.launched_kb == want,
            "limit %d: planned for %d KB, launched for %d", kb, seen.planned_kb, seen.launched_kb);
     expect(seen.planned == isa && seen.launched == isa, "limit %d: sm%d", kb, seen.launched);
+    expect(seen.planned_capability == isa, "limit %d: planned for a GPU of capability %d", kb,
+           seen.planned_capability);
+  }
+  // Not only plans: what has none asks for itself.
+  for (auto [kb, want] : {std::pair{99, 80}, {227, 90}, {0, 90}}) {
+    limit_smem_kb(kb);
+    expect(planned_capability() == want, "limit %d: capability %d", kb, planned_capability());
   }
   for (int kb : {-1, 1, 98, 100, 228}) {
     expect_failure("no size", limit_smem_kb(kb), {"kb must be 99, 163, 227 or 0", "got"});
     expect(smem_limit_kb() == 227, "limited by no size");
   }
-  // What does not fit says what is built and what is allowed.
-  limit_smem_kb(99);
-  result = cudaErrorInvalidConfiguration;
-  expect_failure("tiles that are not built", launch_fwd(call<FwdParams>(MaskKind::kNone), nullptr),
-                 {"tiles for 227,163 KB", "FLASH_ATTN_TEST_SMEM_KB allows 99 KB",
-                  "rebuild with FLASH_ATTN_SMEM_KB"});
-  result = cudaSuccess;
+}
+
+// What does not fit says what is built, what is allowed and which variable helps, and nothing is launched.
+void check_refusals() {
+  FwdParams const forward   = call<FwdParams>(MaskKind::kNone);
+  DecodeParams const decode = call<DecodeParams>(MaskKind::kNone);
+  expect(check_plan(forward, plan_fwd(forward)).code == cudaSuccess &&
+             check_plan(decode, plan_decode(decode)).code == cudaSuccess,
+         "plans that nothing refuses");
+  seen    = {};
+  refused = cudaErrorInvalidConfiguration;
+  for (auto [device, limit, tiles, help] :
+       {std::tuple{kHopper, 99, "FLASH_ATTN_TEST_SMEM_KB allows 99 KB",
+                   "rebuild with a FLASH_ATTN_SMEM_KB that has 99)"},
+        {kHopper, 163, "FLASH_ATTN_TEST_SMEM_KB allows 163 KB)", ""},
+        {kSm86, 0, "this GPU allows 99 KB", "rebuild with a FLASH_ATTN_SMEM_KB that has 99)"},
+        {kSm120, 0, "this GPU allows 99 KB", "rebuild with a FLASH_ATTN_CUDA_ARCHS that has 120)"},
+        {kUnknown, 0, "this GPU allows 0 KB)", ""}}) {
+    current_device = device;
+    limit_smem_kb(limit);
+    for (Status const& status :
+         {check_plan(forward, plan_fwd(forward)), check_plan(decode, plan_decode(decode)),
+          launch_fwd(forward, nullptr),
+          launch_decode(decode, plan_decode(decode), nullptr, nullptr)}) {
+      expect_failure("tiles that are not built", status, {"tiles for 227,163 KB", tiles, help});
+    }
+  }
+  expect(seen.launched == 0, "what was refused is launched by sm%d", seen.launched);
+  refused = cudaSuccess;
+  // A build for other GPUs fails at the launch, where its tiles fit.
+  current_device = kSm120, result = cudaErrorInvalidValue;
+  expect_failure("code that is not built", launch_fwd(forward, nullptr),
+                 {"FLASH_ATTN_CUDA_ARCHS that has 120"});
+  current_device = kHopper, result = cudaSuccess;
   limit_smem_kb(0);
 }
 
@@ -215,8 +265,11 @@ void check_smem_limit() {
 void check_smem_environment(char const* text) {
   seen                      = {};
   DecodeParams const params = call<DecodeParams>(MaskKind::kCausal);
-  Status const status       = launch_decode(params, plan_decode(params), nullptr, nullptr);
-  int const kb              = std::atoi(text);
+  Plan const plan           = plan_decode(params);
+  // What the message says is what was read, not what is there by now.
+  setenv("FLASH_ATTN_TEST_SMEM_KB", "changed", 1);
+  Status const status = launch_decode(params, plan, nullptr, nullptr);
+  int const kb        = std::atoi(text);
   if (*text && (!is_smem_size(kb) || std::to_string(kb) != text)) {
     expect_failure("a variable that is no size", status,
                    {"FLASH_ATTN_TEST_SMEM_KB=", text, "99, 163 or 227"});
@@ -231,6 +284,7 @@ void check_smem_environment(char const* text) {
 // What the environment's FLASH_ATTN_ISA does; the other checks begin after that.
 void check_environment(char const* isa) {
   expect(std::strcmp(pinned_isa(), isa) == 0, "pinned to %s, not %s", pinned_isa(), isa);
+  setenv("FLASH_ATTN_ISA", "changed", 1);  // nobody reads it again
   seen                = {};
   Status const status = launch_fwd(call<FwdParams>(MaskKind::kCausal), nullptr);
   if (std::strcmp(isa, "hopper") == 0) {
@@ -252,5 +306,6 @@ int main(int count, char** arguments) {
   check_pin();
   check_messages();
   check_smem_limit();
+  check_refusals();
   return check::finish();
 }

@@ -89,7 +89,7 @@ int main() {
   // Early start and clusters, alone and together, on a device that has them.
   Launch early = small(8);
   early.start  = Start::kOverlapped;
-  expect(earliest_start() == Start::kOverlapped, "sm_90 overlaps kernels");
+  expect(earliest_start(90) == Start::kOverlapped && has_clusters(90), "sm_90 has both");
   expect(run(early) == cudaSuccess && asked.overlaps && asked.cluster.x == 0, "early start");
   Launch clusters  = small(8);
   clusters.cluster = dim3(2, 4, 1);
@@ -99,14 +99,15 @@ int main() {
   expect(run(clusters) == cudaSuccess && asked.overlaps && asked.cluster.y == 4, "both");
   int const launches = asked.launches;
 
-  // On one that has not, they are errors, and the caller's choice by earliest_start() is not.
+  // On one that has not, they are errors, and the caller's choice by earliest_start is not.
   current_device = 1;
   expect(run(early) == cudaErrorNotSupported, "no early start before sm_90");
   clusters.start = Start::kAfter;
   expect(run(clusters) == cudaErrorNotSupported, "no clusters before sm_90");
   expect(asked.launches == launches, "an error is no launch");
   expect(clusters_at_once(&kernel, clusters) == 0, "no clusters at once");
-  early.start = earliest_start();
+  early.start = earliest_start(89);
+  expect(!has_clusters(89), "clusters of sm_89");
   expect(run(early) == cudaSuccess && !asked.overlaps, "after the one before");
   current_device = 0;
 

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Element, int kVector>
-cudaError_t launch_vector(KvUpdateParams const& params, cudaStream_t stream) {
+cudaError_t launch_vector(KvUpdateParams const& params, int capability, cudaStream_t stream) {
   Problem const& problem = params.problem;
   int64_t const tokens =
       problem.cu_seqlens_q
@@ -157,22 +157,23 @@ cudaError_t launch_vector(KvUpdateParams const& params, cudaStream_t stream) {
   int64_t const heads = 2 * problem.heads_kv + (params.cos ? problem.heads_q : 0);
   int64_t const items = (heads * (problem.head_dim / kVector) + kThreads - 1) / kThreads * kThreads;
   Launch launch{tokens * (items / kThreads), kThreads, 0, stream};
-  launch.start = earliest_start();
+  launch.start = earliest_start(capability);
   return launch_kernel(&kv_update_kernel<Element, kVector>, launch, params, items);
 }
 
 template <class Element>
-cudaError_t launch_element(KvUpdateParams const& params, cudaStream_t stream) {
-  return params.problem.head_dim % kWide == 0 ? launch_vector<Element, kWide>(params, stream)
-                                              : launch_vector<Element, 1>(params, stream);
+cudaError_t launch_element(KvUpdateParams const& params, int capability, cudaStream_t stream) {
+  return params.problem.head_dim % kWide == 0
+             ? launch_vector<Element, kWide>(params, capability, stream)
+             : launch_vector<Element, 1>(params, capability, stream);
 }
 
 }  // namespace
 
-Status launch_kv_update(KvUpdateParams const& params, cudaStream_t stream) {
+Status launch_kv_update(KvUpdateParams const& params, int capability, cudaStream_t stream) {
   cudaError_t const code = params.problem.dtype == DType::kFp16
-                               ? launch_element<cutlass::half_t>(params, stream)
-                               : launch_element<cutlass::bfloat16_t>(params, stream);
+                               ? launch_element<cutlass::half_t>(params, capability, stream)
+                               : launch_element<cutlass::bfloat16_t>(params, capability, stream);
   return {code,
           code == cudaSuccess ? nullptr : "launch of the kernel that appends to the cache failed"};
 }

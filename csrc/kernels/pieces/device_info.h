@@ -35,11 +35,10 @@ inline int compute_capability() {
          device_attribute<cudaDevAttrComputeCapabilityMinor>(0);
 }
 
-// Whether a kernel can wait for the one before it by itself (griddepcontrol), and thread blocks can be clusters: sm_90.
-inline bool has_dependent_launch() {
-  return device_attribute<cudaDevAttrComputeCapabilityMajor>(0) >= 9;
-}
-
-inline bool has_clusters() { return has_dependent_launch(); }
+// Whether a kernel can wait for the one before it by itself (griddepcontrol), and thread blocks can be clusters, on GPUs of a compute
+// capability.  Code for sm_90 works without either: such a wait is over at once, and a cluster has as many thread blocks as an
+// argument says.
+constexpr bool has_dependent_launch(int capability) { return capability >= 90; }
+constexpr bool has_clusters(int capability) { return has_dependent_launch(capability); }
 
 }  // namespace flash

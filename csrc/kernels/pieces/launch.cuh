@@ -15,9 +15,10 @@ namespace flash {
 // Whether the kernel may start while the one before it on the stream ends; it waits for that one's results by itself.
 enum class Start { kAfter, kOverlapped };
 
-// For kernels that gain from an early start and work without: where the device has none, they start after the one before.
-inline Start earliest_start() {
-  return has_dependent_launch() ? Start::kOverlapped : Start::kAfter;
+// For kernels that gain from an early start and work without: where GPUs of a compute capability have none, they start after the one
+// before.
+inline Start earliest_start(int capability) {
+  return has_dependent_launch(capability) ? Start::kOverlapped : Start::kAfter;
 }
 
 struct Launch {
@@ -81,11 +82,11 @@ cudaError_t launch_kernel(void (*kernel)(Params...), Launch const& launch,
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   if (launch.start == Start::kOverlapped) {
-    if (!has_dependent_launch()) { return cudaErrorNotSupported; }
+    if (!has_dependent_launch(compute_capability())) { return cudaErrorNotSupported; }
     attributes[config.numAttrs++] = early_start();
   }
   if (launch.wants_clusters()) {
-    if (!has_clusters()) { return cudaErrorNotSupported; }
+    if (!has_clusters(compute_capability())) { return cudaErrorNotSupported; }
     attributes[config.numAttrs++] = clusters_of(launch.cluster);
   }
   config.attrs            = attributes;
@@ -103,7 +104,7 @@ int clusters_at_once(Kernel* kernel, Launch const& launch) {
   auto const address  = reinterpret_cast<void const*>(kernel);
   dim3 const& cluster = launch.cluster;
   int device          = 0;
-  if (!has_clusters() || cudaGetDevice(&device) != cudaSuccess) { return 0; }
+  if (!has_clusters(compute_capability()) || cudaGetDevice(&device) != cudaSuccess) { return 0; }
   auto const [place, is_new] =
       known.insert({{device, cluster.x, cluster.y, cluster.z, address}, 0});
   if (!is_new || allow_smem(kernel, launch.smem_bytes) != cudaSuccess) { return place->second; }

@@ -5,8 +5,8 @@
 
 namespace flash {
 
-// Most KB (of 1024 bytes) that a thread block gets, by compute capability: 227 on 9.0 and 10.x, 163 on 8.0 and 8.7, 99 on 8.6, 8.9 and
-// 12.x.  The same numbers as kernel_list.SMEM_KB.
+// Most KB (of 1024 bytes) that a thread block gets, by compute capability: 227 on 9.0, 10.x and 11.0, 163 on 8.0 and 8.7, 99 on 8.6,
+// 8.9 and 12.x.  The same numbers as kernel_list.SMEM_KB.
 enum class SmemSize : int { k227 = 227, k163 = 163, k99 = 99 };
 constexpr SmemSize kSmemSizes[] = {SmemSize::k227, SmemSize::k163, SmemSize::k99};  // falling
 
@@ -28,7 +28,8 @@ constexpr int kArchSmemKb = 99;
 constexpr int kArchSmemKb = __CUDA_ARCH__ < 900 ? 163 : 227;
 #endif
 
-// Whether kernels with these traits are for this architecture; the others are empty in its code.
+// Whether kernels with these traits are for this architecture.  In its code the others are a trap and nothing else: a launch that
+// chose one of them is an error, not results that nobody wrote.
 template <class Traits>
 constexpr bool kIsForThisArch = int(Traits::kSmallestSize) <= kArchSmemKb;
 

@@ -6,11 +6,13 @@
 
 namespace flash::sm80 {
 
-// Whether the code is for sm_90 or newer.  For sm_80 the compiler needs a few registers more, and the backward keeps fewer values.
+// Whether the code is for sm_90 or newer: that of 10.x, 11.0 and 12.x too.  For sm_80, 86 and 89 the compiler needs a few registers
+// more, and the backward keeps fewer values.  A GPU of compute capability 9.0 never runs that code, whatever its shared memory is
+// limited to: it takes no SASS of 8.x.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasSm90 = false;
+constexpr bool kIsSm90OrNewer = false;
 #else
-constexpr bool kHasSm90 = true;
+constexpr bool kIsSm90OrNewer = true;
 #endif
 
 // --- Forward -------------------------------------------------------------------------------------
@@ -48,15 +50,16 @@ constexpr FwdForm fwd_form(FwdTile const& tile, int head_dim, MaskKind mask, Lev
       // 7 % faster; 96 lost 5 %, 64 (in place of half steps) 8 %, other levels 7 to 66 %.
       .skips = plain_window && head_dim == 128,
       // Blocks that cross a window's edge seldom cross both: 2 % faster at 128.  For sm_80 256 spills.
-      .by_edge = plain_window && (kHasSm90 || head_dim != 256),
+      .by_edge = plain_window && (kIsSm90OrNewer || head_dim != 256),
       // Without it the loop of the steps that skip spills 8 bytes; with it, 6 % faster.
       .parks = plain_window && head_dim == 128,
       // 2 % faster at 64; the others spill, for sm_80 also 256.
-      .upward = plain && !(windows && head_dim == 128) && (kHasSm90 || head_dim != 256),
+      .upward = plain && !(windows && head_dim == 128) && (kIsSm90OrNewer || head_dim != 256),
       // From 128 on there is no register for it.
       .keeps_first = head_dim <= 96,
       // 96 and 128 need fewer registers with it, 256 more, as does ALiBi at 128 for sm_80.
-      .first_in_loop = head_dim == 96 || (head_dim == 128 && (kHasSm90 || level != Level::kAlibi)),
+      .first_in_loop =
+          head_dim == 96 || (head_dim == 128 && (kIsSm90OrNewer || level != Level::kAlibi)),
       // 256 needs fewer registers when the compiler decides.
       .late_o = head_dim != 256 || !windows || changes_scores(level),
       // A vote tells the compiler that lanes agree.  The others spill with it.
@@ -69,7 +72,7 @@ constexpr FwdForm fwd_form(FwdTile const& tile, int head_dim, MaskKind mask, Lev
       .masked_part = FwdForm::kAnyPart,
   };
   // For sm_80 it spilled.
-  if (!kHasSm90 && head_dim == 128 && level == Level::kAll) { form.early = tile.early - 1; }
+  if (!kIsSm90OrNewer && head_dim == 128 && level == Level::kAll) { form.early = tile.early - 1; }
   // tanh and exponentials use the same unit: fewer of them before the product.
   if (head_dim == 64 && level == Level::kSoftcap) { form.early = 1; }
   if (level == Level::kDropout) {

@@ -4,6 +4,7 @@ enum cudaError_t {
   cudaSuccess                     = 0,
   cudaErrorInvalidValue           = 1,
   cudaErrorMemoryAllocation       = 2,
+  cudaErrorInvalidConfiguration   = 9,
   cudaErrorNoKernelImageForDevice = 209
 };
 typedef struct CUstream_st* cudaStream_t;

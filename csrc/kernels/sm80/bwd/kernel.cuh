@@ -20,7 +20,7 @@ template <class Traits, MaskKind kMask, Level kLevel>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     bwd_kernel(__grid_constant__ BwdKernelParams const params,
                __grid_constant__ TileOrder const order) {
-  if (!kIsForThisArch<Traits>) { return; }
+  if (!kIsForThisArch<Traits>) { return __trap(); }
   using Element         = typename Traits::Element;
   using TileK           = typename Traits::TileK;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;

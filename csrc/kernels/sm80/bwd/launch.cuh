@@ -15,7 +15,8 @@ constexpr bool kSameDq =
     std::is_same_v<typename Traits::MmaDq, typename General::MmaDq>;
 
 template <class Traits, class DqTraits, class Kernel>
-cudaError_t launch_bwd_kernels(BwdKernelParams const& params, Kernel kernel, cudaStream_t stream) {
+cudaError_t launch_bwd_kernels(BwdKernelParams const& params, Kernel kernel, Start start,
+                               cudaStream_t stream) {
   using Element          = typename Traits::Element;
   Problem const& problem = params.problem;
   bool const ragged      = problem.cu_seqlens_q != nullptr;
@@ -35,27 +36,28 @@ cudaError_t launch_bwd_kernels(BwdKernelParams const& params, Kernel kernel, cud
                       window ? short_blocks(problem.window_left, Traits::kBlockN, int(blocks)) : 0);
   // Inputs may be read before the wait: the preprocess, an ordinary launch, began after the kernels that made them had ended.
   Launch main{order.size(), Traits::kThreads, Traits::kSmemBytes, stream};
-  main.start = earliest_start();
+  main.start = start;
   status     = launch_kernel(kernel, main, params, order);
   if (status != cudaSuccess) { return status; }
 
   constexpr int kDqBytes = Traits::TileQ::kSize * int(sizeof(Element));
   Launch last{query_block_count(problem, Traits::kBlockM), Traits::kThreads, kDqBytes, stream};
-  last.start = earliest_start();
+  last.start = start;
   return launch_kernel(&bwd_postprocess_kernel<DqTraits>, last, params);
 }
 
 template <class Traits, class General>
-cudaError_t launch_bwd_variant(BwdKernelParams const& params, int smem_kb, cudaStream_t stream) {
+cudaError_t launch_bwd_variant(BwdKernelParams const& params, Start start, cudaStream_t stream) {
   using GeneralDq    = std::conditional_t<kSameDq<Traits, General>, Traits, General>;
   cudaError_t status = cudaSuccess;
   choose_kernel(params.problem, [&](auto mask, auto level) {
     constexpr bool kGeneral = bwd_is_general(Traits::kHeadDim, level);
     using Chosen            = std::conditional_t<kGeneral, General, Traits>;
     using ChosenDq          = std::conditional_t<kGeneral, GeneralDq, Traits>;
-    status = fits<Chosen>(smem_kb) ? launch_bwd_kernels<Chosen, ChosenDq>(
-                                         params, &bwd_kernel<Chosen, mask, level>, stream)
-                                   : cudaErrorInvalidConfiguration;
+    static_assert(ChosenDq::kSmallestSize <= Chosen::kSmallestSize,
+                  "where the main kernel runs, so does the conversion of dQ");
+    status = launch_bwd_kernels<Chosen, ChosenDq>(params, &bwd_kernel<Chosen, mask, level>, start,
+                                                  stream);
   });
   return status;
 }
@@ -71,6 +73,12 @@ struct Bwd {
     BwdWorkspaceSizes const sizes = bwd_workspace_sizes(params, tile.block_m, kHeadDim);
     plan.workspace_bytes          = sizes.bytes();
     put_notes(plan, sizes);
+    choose_size(Sizes{}, plan.smem_kb, [&](auto size) {
+      bool const can_run = general
+                               ? fits<BwdTraitsOf<kHeadDim, Element, size, true>>(plan.smem_kb)
+                               : fits<BwdTraitsOf<kHeadDim, Element, size, false>>(plan.smem_kb);
+      if (!can_run) { plan.refused = cudaErrorInvalidConfiguration; }
+    });
   }
 
   static cudaError_t launch(BwdParams const& params, Plan const& plan, Scratch const& scratch,
@@ -79,9 +87,9 @@ struct Bwd {
         kernel_params(params, get_notes<BwdWorkspaceSizes>(plan), scratch.workspace);
     cudaError_t status = cudaSuccess;
     choose_size(Sizes{}, plan.smem_kb, [&](auto size) {
-      status =
-          launch_bwd_variant<BwdTraitsOf<kHeadDim, Element, size, false>,
-                             BwdTraitsOf<kHeadDim, Element, size, true>>(all, plan.smem_kb, stream);
+      status = launch_bwd_variant<BwdTraitsOf<kHeadDim, Element, size, false>,
+                                  BwdTraitsOf<kHeadDim, Element, size, true>>(
+          all, earliest_start(plan.capability), stream);
     });
     return status;
   }

@@ -59,7 +59,7 @@ struct BwdMainloop {
     float* const smem_rows = reinterpret_cast<float*>(smem + Traits::kTileElements);
 
     // Per tile, of the loop: in registers where there are enough, otherwise read from shared memory where it is needed.
-    constexpr bool kKeep   = kHasSm90 && kForm.keeps_tile;
+    constexpr bool kKeep   = kIsSm90OrNewer && kForm.keeps_tile;
     SavedTile const& saved = *in.saved;
     auto const range       = [&] { return kKeep ? blocks : read_now(saved.blocks); };
     auto const see_now     = [&] { return kKeep ? see : saved.template see<kMask>(); };
@@ -122,7 +122,7 @@ struct BwdMainloop {
 
     for (int stage = 0; head < read_now(saved.group); stage ^= Traits::kStages - 1) {
       // Shared memory addresses that depend on the thread are worth fewer registers than they would take across iterations.
-      int const lane = kHasSm90 ? opaque(thread) : thread_now();
+      int const lane = kIsSm90OrNewer ? opaque(thread) : thread_now();
       cp_async_wait<0>();
       __syncthreads();  // PROTECTS: this stage has arrived; all warps are done with the other stage and with dS^T, P^T.
       auto const ends_head = [&] { return m_block + 1 == range().end; };
@@ -255,8 +255,8 @@ struct BwdMainloop {
           __syncthreads();  // PROTECTS: all warps are done with Q and dO, which the next ones replace.
         }
         // The loads of above, here.  As a function of both places they cost two stages their schedule; for sm_80 ends is found anew.
-        bool const ends = kHasSm90 ? new_head : ends_head();
-        int const next  = kHasSm90 ? next_block : ends ? range().first : m_block + 1;
+        bool const ends = kIsSm90OrNewer ? new_head : ends_head();
+        int const next  = kIsSm90OrNewer ? next_block : ends ? range().first : m_block + 1;
         if (!(ends && head + 1 == read_now(saved.group))) {
           int64_t const rows = int64_t(next - m_block) * kBlockM;  // without kKeep unused
           copy_q.move(rows * q_stride + (ends ? params.q.head_stride : 0));
@@ -267,7 +267,7 @@ struct BwdMainloop {
         cp_async_commit();
       }
       // dQ += dS K.  For sm_80 the parts are a loop: unrolled, they spilled.
-      constexpr int kUnroll = kHasSm90 ? Traits::kDqParts : 1;
+      constexpr int kUnroll = kIsSm90OrNewer ? Traits::kDqParts : 1;
 #pragma unroll kUnroll
       for (int part = 0; part < Traits::kDqParts; ++part) {
         auto tdQrdQ = partition_fragment_C(typename Traits::MmaDq{},
@@ -287,8 +287,8 @@ struct BwdMainloop {
       }
       if constexpr (!Traits::kPInRegs && !kOneStage) { add_to_dk(); }
       // For sm_80 computed again: kept, they were spilled.
-      bool const ends = kHasSm90 ? new_head : ends_head();
-      m_block         = kHasSm90 ? next_block : ends ? range().first : m_block + 1;
+      bool const ends = kIsSm90OrNewer ? new_head : ends_head();
+      m_block         = kIsSm90OrNewer ? next_block : ends ? range().first : m_block + 1;
       head += ends;
     }
   }

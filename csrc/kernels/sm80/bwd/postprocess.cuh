@@ -15,7 +15,7 @@ namespace flash::sm80 {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     bwd_postprocess_kernel(__grid_constant__ BwdKernelParams const params) {
-  if (!kIsForThisArch<Traits>) { return; }
+  if (!kIsForThisArch<Traits>) { return __trap(); }
   using Element         = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
   extern __shared__ __align__(128) unsigned char smem_bytes[];

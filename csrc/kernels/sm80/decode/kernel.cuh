@@ -32,7 +32,7 @@ CUTE_DEVICE void clear_tail(DecodeKernelParams const& params) {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     decode_kernel(__grid_constant__ DecodeKernelParams const params) {
-  if (!kIsForThisArch<Traits>) { return; }
+  if (!kIsForThisArch<Traits>) { return __trap(); }
   using Element = typename Traits::Element;
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   __shared__ int scratch[Traits::kThreads / 32];

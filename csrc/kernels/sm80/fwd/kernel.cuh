@@ -146,7 +146,7 @@ struct QueryTile {
 template <class Traits, MaskKind kMask, Level kLevel>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     fwd_kernel(__grid_constant__ FwdParams const params, __grid_constant__ TileOrder const order) {
-  if (!kIsForThisArch<Traits>) { return; }
+  if (!kIsForThisArch<Traits>) { return __trap(); }
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   __shared__ SavedTile saved;
   using Mainloop = FwdMainloop<Traits, kMask, kLevel>;

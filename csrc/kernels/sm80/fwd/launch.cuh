@@ -22,7 +22,15 @@ template <int kHeadDim, class Element, class Sizes>
 struct Fwd {
   static bool serves(FwdParams const& params) { return has_one_head_dim(params.problem); }
 
-  static void plan(FwdParams const&, Plan&) {}
+  static void plan(FwdParams const& params, Plan& plan) {
+    bool const general = fwd_is_general(level_of(params.problem));
+    choose_size(Sizes{}, plan.smem_kb, [&](auto size) {
+      bool const can_run = general
+                               ? fits<FwdTraitsOf<kHeadDim, Element, size, true>>(plan.smem_kb)
+                               : fits<FwdTraitsOf<kHeadDim, Element, size, false>>(plan.smem_kb);
+      if (!can_run) { plan.refused = cudaErrorInvalidConfiguration; }
+    });
+  }
 
   static cudaError_t launch(FwdParams const& params, Plan const& plan, Scratch const&,
                             cudaStream_t stream) {
@@ -30,9 +38,7 @@ struct Fwd {
     choose_size(Sizes{}, plan.smem_kb, [&](auto size) {
       choose_kernel(params.problem, [&](auto mask, auto level) {
         using Traits = FwdTraitsOf<kHeadDim, Element, size, fwd_is_general(level)>;
-        status = fits<Traits>(plan.smem_kb)
-                     ? launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask, level>, stream)
-                     : cudaErrorInvalidConfiguration;
+        status       = launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask, level>, stream);
       });
     });
     return status;
