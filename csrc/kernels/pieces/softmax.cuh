@@ -99,6 +99,24 @@ struct Softmax {
     for (int c = begin; c < end; ++c) { exponentials<kFirst>(scores, c); }
   }
 
+  // All columns, kGroup of a row after another.  Rows in turn, column by column, take twice the register reads where ptxas gives the rows'
+  // offsets registers of one bank: 1 to 2 % of sm90's forward at head dimension 128.
+  template <class TensorS>
+  CUTE_DEVICE void exponentials(TensorS& scores) {
+    constexpr int kGroup = 16, kColumns = decltype(size<1>(scores))::value;
+    CUTE_UNROLL
+    for (int begin = 0; begin < kColumns; begin += kGroup) {
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        CUTE_UNROLL
+        for (int c = begin; c < min_of(begin + kGroup, kColumns); ++c) {
+          scores(r, c) = exp2_approx(fmaf(scores(r, c), scale_log2, -offset[r]));
+          row_sum[r] += scores(r, c);
+        }
+      }
+    }
+  }
+
   // After the last block: LSE (natural log, +inf where no key was seen), and row_sum becomes 1 / sum (0 there).
   CUTE_DEVICE void finish(float (&lse)[kRows]) {
     CUTE_UNROLL

@@ -1,16 +1,20 @@
 #pragma once
 // A consumer warpgroup: 64 query rows of each tile, their products, softmax and output.
 //
-//   begin    S of the tile's last key block: masked, exponentiated, rounded: P
+//   begin    S of the last key block that the rows see: masked, exponentiated, rounded: P
 //   step     for each block before it: S of this block and O += P V of the one after it are issued together; softmax beside the second
 //   end      O += P V of the first block
+//
+// Blocks that only the tile's other rows see pass by.
 //
 // A tile's first product beside the last one of the tile before was tried: 3 to 6 % slower (docs/hopper.md).
 // Warpgroups are not kept in step: one's softmax fills the tensor cores' time with the other's products by itself.
 #include "pieces/compiler.cuh"
 #include "pieces/mask.cuh"
+#include "pieces/score_mod.cuh"
 #include "pieces/softmax.cuh"
 #include "sm90/fwd/epilogue.cuh"
+#include "sm90/fwd/weights.cuh"
 #include "sm90/instructions/barrier.cuh"
 #include "sm90/instructions/ring.cuh"
 
@@ -38,10 +42,13 @@ struct Consumer {
       clear(tOrO);
       softmax = Softmax<2>(params.problem.unit.scale_log2);
       wait(smem.q_full[q_place.index][group], q_place.full_parity());
-      if (block >= first) {
+      read_queries();
+      pass(2 * hidden_right() - int(sees_keys()));
+      if (sees_keys()) {
         begin();
         walk();
         end();
+        pass(2 * hidden_left() - 1);
       }
       store();
       more = take_job();
@@ -53,25 +60,29 @@ struct Consumer {
   using TiledMmaS = typename Traits::TiledMmaS;
   using TiledMmaO = typename Traits::TiledMmaO;
   using See       = Visibility<kMask>;
+  using Stage     = RingPlace<Traits::kStages>;
+  using TileJob   = Job<Traits::kGroups>;
   using TensorS   = decltype(partition_fragment_C(TiledMmaS{}, typename Traits::TileS{}));
   using TensorO   = decltype(partition_fragment_C(TiledMmaO{}, typename Traits::TileO{}));
   using TensorP   = decltype(make_tensor<Element>(as_operand_a(TensorS{}.layout())));
+  using TensorQ   = decltype(make_tensor<Element>(operand_a<Traits::kHeadDim>()));
 
   FwdParams const& params;
   TmaTensor const& out_map;
   Shared& smem;
   int group, thread;  // thread: in the warpgroup
   RingPlace<Traits::kQBuffers> q_ring{};
-  RingPlace<Traits::kStages> stage_ring{};
+  Stage stage_ring{};
   RingPlace<Traits::kJobs> job_ring{};
   int stored_from = -1;  // Q's buffer from which an output may still be read
 
-  // The tile: where the producer has put it; its key blocks as in BlockRange, and the one that comes next.
+  // The tile: where the producer has put it; the key blocks that this group sees, as in BlockRange, and the one that comes next.
   RingPlace<Traits::kJobs> job_place{};
   RingPlace<Traits::kQBuffers> q_place{};
   int first, left_end, right_begin, block;
   bool is_row[2];  // whether this thread's rows are the sequence's
   Softmax<2> softmax;
+  TensorQ tSrQ;  // where Q is kept in registers
   TensorS tSrS;
   TensorP tOrP;
   TensorO tOrO;
@@ -79,14 +90,17 @@ struct Consumer {
   // --- The main loop ------------------------------------------------------------------------------
 
   CUTE_DEVICE void begin() {
-    int const k_stage = issue_scores();
+    auto const k_stage = stage_ring.take();
+    issue_scores(k_stage);
+    pass(uniform(min_of(hidden_right(), 1)));
     wait_for_product<0>(tSrS);
-    release_stage(k_stage);
+    release(k_stage);
+    change_scores();
     if (block < left_end || block >= right_begin) { hide(); }
     float shrink[2];
     weigh(shrink);  // O is zero
     output().release();
-    round_into(tOrP, tSrS);
+    round_weights();
   }
 
   // The tile's other blocks, from right to left.
@@ -105,71 +119,112 @@ struct Consumer {
   template <class IsMasked>
   CUTE_DEVICE void step(IsMasked) {
     --block;
-    int const k_stage = issue_scores();
-    int const v_stage = issue_values();
+    auto const k_stage = stage_ring.take();
+    auto const v_stage = stage_ring.take();  // of the block after it
+    issue_scores(k_stage);
+    issue_values(v_stage);
     wait_for_product<1>(tSrS);
-    release_stage(k_stage);
+    release(k_stage);
+    change_scores();
     if constexpr (IsMasked::value) { hide(); }
     float shrink[2];
     bool const moves = weigh(shrink);
     wait_for_product<0>(tOrO);
-    release_stage(v_stage);
+    release(v_stage);
     if (moves) {
       auto o_rows = rows_of(tOrO);
       multiply_rows(o_rows, shrink);
     }
-    round_into(tOrP, tSrS);
+    round_weights();
   }
 
   CUTE_DEVICE void end() {
-    int const v_stage = issue_values();
+    pass(uniform(min_of(hidden_left(), 1)));
+    auto const v_stage = stage_ring.take();
+    issue_values(v_stage);
     wait_for_product<0>(tOrO);
-    release_stage(v_stage);
+    release(v_stage);
   }
 
   // --- Its parts ----------------------------------------------------------------------------------
 
-  // S = Q K^T of the next stage, whose number is returned.
-  CUTE_DEVICE int issue_scores() {
+  // S = Q K^T.
+  CUTE_DEVICE void issue_scores(Stage const& stage) {
     TiledMmaS mma;
     auto const slice = mma.get_slice(thread);
-    auto const sQs   = make_tensor(make_smem_ptr(smem.q[0][0]), typename Traits::LayoutQs{});
     auto const sK    = make_tensor(make_smem_ptr(smem.stages[0]), typename Traits::LayoutK{});
-    auto const tSrQ  = slice.make_fragment_A(slice.partition_A(sQs(_, _, group, q_place.index)));
     auto const tSrK  = slice.make_fragment_B(slice.partition_B(sK));  // (.., stages)
-    int const stage  = take_stage();
-    issue(mma, tSrQ, tSrK(_, _, _, stage), tSrS, false);
-    return stage;
+    wait_for(stage);
+    if constexpr (Traits::kQInRegisters) {
+      issue(mma, tSrQ, tSrK(_, _, _, stage.index), tSrS, false);
+    } else {
+      auto const tSsQ = slice.make_fragment_A(slice.partition_A(queries()));
+      issue(mma, tSsQ, tSrK(_, _, _, stage.index), tSrS, false);
+    }
   }
 
-  // O += P V of the next stage, whose number is returned.
-  CUTE_DEVICE int issue_values() {
+  // O += P V.
+  CUTE_DEVICE void issue_values(Stage const& stage) {
     TiledMmaO mma;
     auto const slice = mma.get_slice(thread);
     auto const sVt   = make_tensor(make_smem_ptr(smem.stages[0]), typename Traits::LayoutVt{});
     auto const tOrV  = slice.make_fragment_B(slice.partition_B(sVt));  // (.., stages)
-    int const stage  = take_stage();
-    issue(mma, tOrP, tOrV(_, _, _, stage), tOrO, true);
-    return stage;
+    wait_for(stage);
+    issue(mma, tOrP, tOrV(_, _, _, stage.index), tOrO, true);
+  }
+
+  // The group's rows of Q in shared memory.
+  CUTE_DEVICE auto queries() {
+    auto const sQs = make_tensor(make_smem_ptr(smem.q[0][0]), typename Traits::LayoutQs{});
+    return sQs(_, _, group, q_place.index);
+  }
+
+  CUTE_DEVICE void read_queries() {
+    if constexpr (Traits::kQInRegisters) {
+      auto const copy_ = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, TiledMmaS{});
+      auto const slice = copy_.get_slice(opaque_index(thread));
+      copy(copy_, slice.partition_S(queries()), slice.retile_D(tSrQ));
+    }
+  }
+
+  // Softcap and ALiBi.
+  CUTE_DEVICE void change_scores() {
+    if constexpr (changes_scores(Traits::kLevel)) {
+      TileJob const& job = this->job();
+      modify_scores<Traits::kLevel, false, TiledMmaS, typename Traits::TileS>(
+          job.features.score_mod, tSrS, job.row0 + group * kGroupRows, block * Traits::kBlockN,
+          job.template see<kMask>(params.problem).shift(), opaque_index(thread));
+    }
   }
 
   CUTE_DEVICE void hide() {
-    Job const& job = smem.jobs[job_place.index];
-    mask_scores<false, TiledMmaS, typename Traits::TileS>(tSrS, job.see<kMask>(params.problem),
-                                                          job.row0 + group * kGroupRows,
-                                                          block * Traits::kBlockN, thread);
+    TileJob const& job = this->job();
+    mask_scores<false, TiledMmaS, typename Traits::TileS>(
+        tSrS, job.template see<kMask>(params.problem), job.row0 + group * kGroupRows,
+        block * Traits::kBlockN, thread);
   }
 
   // S becomes P, in fp32; whether O must be multiplied by shrink.
   CUTE_DEVICE bool weigh(float (&shrink)[2]) {
     auto scores      = rows_of(tSrS);
     bool const moves = softmax.update_references(scores, is_row, shrink);
-    softmax.exponentials(scores, 0, Traits::kBlockN / 4);
+    softmax.exponentials(scores);
     return moves;
   }
 
+  CUTE_DEVICE void round_weights() {
+    round_into(tOrP, tSrS);
+    if constexpr (may_have(Traits::kLevel, Level::kDropout)) {
+      TileFeatures const& features = job().features;
+      if (decided<Traits::kLevel>(Level::kDropout, features.drops)) {
+        drop(tOrP, features.dropout, params.problem.keep, job().row0 + group * kGroupRows,
+             block * Traits::kBlockN, thread);
+      }
+    }
+  }
+
   CUTE_DEVICE void store() {
-    output().store(smem.jobs[job_place.index], q_place.index, tOrO, softmax);
+    output().store(job(), q_place.index, tOrO, softmax);
     if (thread % 32 == 0) { arrive(smem.job_empty[job_place.index]); }
   }
 
@@ -178,36 +233,60 @@ struct Consumer {
     return {params, out_map, smem, group, opaque_index(thread), stored_from};
   }
 
-  // --- Rings --------------------------------------------------------------------------------------
+  // --- The tile -----------------------------------------------------------------------------------
 
   // The same number, known to be the same in all lanes.
   CUTE_DEVICE static int uniform(int number) { return __shfl_sync(~0u, number, 0); }
+
+  CUTE_DEVICE TileJob const& job() const { return smem.jobs[job_place.index]; }
 
   // False if there are no more.
   CUTE_DEVICE bool take_job() {
     job_place = job_ring.take();
     wait(smem.job_full[job_place.index], job_place.full_parity());
     if (!uniform(smem.is_job[job_place.index])) { return false; }
-    Job const& job           = smem.jobs[job_place.index];
-    BlockRange const& blocks = job.blocks;
-    first = uniform(blocks.first), left_end = uniform(blocks.left_end);
-    right_begin = uniform(blocks.right_begin), block = uniform(blocks.end) - 1;
+    BlockRange const& seen = job().seen[group];
+    first = uniform(seen.first), left_end = uniform(seen.left_end);
+    right_begin = uniform(seen.right_begin), block = uniform(seen.end) - 1;
     q_place       = q_ring.take();
-    int const row = job.row0 + group * kGroupRows + first_row_of(thread);
-    is_row[0] = row < job.site.seqlen_q, is_row[1] = row + kRowStep < job.site.seqlen_q;
+    int const row = job().row0 + group * kGroupRows + first_row_of(thread);
+    is_row[0] = row < job().site.seqlen_q, is_row[1] = row + kRowStep < job().site.seqlen_q;
     return true;
   }
 
-  // The next block of K or V, when it is there.
-  CUTE_DEVICE int take_stage() {
-    auto const stage = stage_ring.take();
+  CUTE_DEVICE bool sees_keys() const { return block >= first; }
+
+  // Blocks of the tile to the right, and to the left, of those that this group sees.
+  CUTE_DEVICE int hidden_right() const {
+    return uniform(job().blocks.end - job().seen[group].end);
+  }
+  CUTE_DEVICE int hidden_left() const {
+    if constexpr (!See::kHasLeft) { return 0; }
+    return uniform(job().seen[group].first - job().blocks.first);
+  }
+
+  // --- Stages -------------------------------------------------------------------------------------
+
+  // So many stages, with blocks that this group does not see.  The ring has K of a block before V of the one after it: K, K V, K V, ..., V.
+  // Of n hidden blocks on the right, 2 n - 1 stages lie before the first K that is needed and one behind it; on the left it is the other
+  // way around.
+  CUTE_DEVICE void pass(int stages) {
+    CUTE_NO_UNROLL  // unrolled, the ring's place would be taken for a number of a thread (see run)
+    for (int i = 0; i < stages; ++i) {
+      auto const stage = stage_ring.take();
+      wait_for(stage);  // PROTECTS: each use of a stage is released once.
+      release(stage);
+    }
+  }
+
+  // Until the stage's block of K or V is there.
+  CUTE_DEVICE void wait_for(Stage const& stage) {
     wait(smem.stage_full[stage.index], stage.full_parity());
-    return stage.index;
   }
 
   // This warp has read it.
-  CUTE_DEVICE void release_stage(int stage) {
-    if (thread % 32 == 0) { arrive(smem.stage_empty[stage]); }
+  CUTE_DEVICE void release(Stage const& stage) {
+    if (thread % 32 == 0) { arrive(smem.stage_empty[stage.index]); }
   }
 };
 

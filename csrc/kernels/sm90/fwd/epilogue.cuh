@@ -32,17 +32,18 @@ struct FwdOutput {
 
   // O: not yet divided by the rows' sums.  job: in shared memory, so that it takes no registers in the main loop.
   template <class TensorO>
-  CUTE_DEVICE void store(Job const& job, int q_buffer, TensorO& tOrO, Softmax<2>& softmax) {
+  CUTE_DEVICE void store(Job<Traits::kGroups> const& job, int q_buffer, TensorO& tOrO, Softmax<2>& softmax) {
     release();
     float lse[2];
     softmax.finish(lse);
     auto o_rows = rows_of(tOrO);
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
+      float const factor = softmax.row_sum[r] * params.problem.keep_scale;
       CUTE_UNROLL
       for (int c = 0; c < size<1>(o_rows); ++c) {
         // Chosen, not multiplied: 0 * NaN of a hidden V must not reach a row that sees nothing.
-        o_rows(r, c) = softmax.row_sum[r] == 0.f ? 0.f : o_rows(r, c) * softmax.row_sum[r];
+        o_rows(r, c) = factor == 0.f ? 0.f : o_rows(r, c) * factor;
       }
     }
     auto const rounded = round_to<Element>(tOrO);
@@ -53,7 +54,7 @@ struct FwdOutput {
     auto const copy_    = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, TiledMma{});
     auto const slice    = copy_.get_slice(thread);
     Element* const tile = smem.q[q_buffer][group];
-    auto sO             = make_tensor(make_smem_ptr(tile), typename Traits::LayoutQ{});
+    auto sO             = make_tensor(make_smem_ptr(tile), typename Traits::LayoutO{});
     copy(copy_, slice.retile_S(rounded), slice.partition_D(sO));
     stored_from = q_buffer;
     // TMA clips at the tensor's end, not at a sequence's.
@@ -61,7 +62,7 @@ struct FwdOutput {
       fence_for_async();
       sync_group();  // PROTECTS: O is complete, and TMA sees it.
       if (thread == 0) {
-        store_tile<Traits::kHeadDim, kGroupRows, Traits::kBoxColumns>(
+        store_tile<Traits::kHeadDimV, kGroupRows, Traits::kBoxColumns>(
             map, tile, job.site.q_row0 + row0, job.head, job.site.batch);
       }
     } else {
@@ -90,7 +91,7 @@ struct FwdOutput {
   }
 
   // The first of four lanes that share rows stores their LSE.
-  CUTE_DEVICE void store_lse(Job const& job, int row0, int rows, float const (&lse)[2]) const {
+  CUTE_DEVICE void store_lse(Job<Traits::kGroups> const& job, int row0, int rows, float const (&lse)[2]) const {
     Problem const& problem = params.problem;
     int const row          = first_row_of(thread);
     float* const place     = params.lse + job.site.batch * problem.lse_batch_stride +
@@ -103,13 +104,13 @@ struct FwdOutput {
 
   // This warp's sixteen rows, as far as there are any.
   template <class TensorS>
-  CUTE_DEVICE void store_rows(Job const& job, TensorS const& sO, int row0, int rows) const {
-    constexpr int kRowChunks = Traits::kHeadDim / 8;
+  CUTE_DEVICE void store_rows(Job<Traits::kGroups> const& job, TensorS const& sO, int row0, int rows) const {
+    constexpr int kRowChunks = Traits::kHeadDimV / 8;
     Element* const matrix =
         row_of<Element>(params.out, job.site.batch, job.head, job.site.q_row0 + row0);
     for (int i = thread % 32; i < 16 * kRowChunks; i += 32) {
       int const row = thread / 32 * 16 + i / kRowChunks, column = i % kRowChunks * 8;
-      if (row < rows && column < params.problem.head_dim) {
+      if (row < rows && column < params.problem.head_dim_v) {
         *reinterpret_cast<uint4*>(matrix + row * params.out.row_stride + column) =
             *reinterpret_cast<uint4 const*>(&sO(row, column));
       }

@@ -1,17 +1,22 @@
 #pragma once
 // A tile of the forward pass as the producer tells the consumers of it: its rows, its head, the key blocks that it visits.
 // Used by: fwd/producer, fwd/consumer, fwd/epilogue.
+#include "pieces/features.cuh"
 #include "pieces/sequence.cuh"
 #include "pieces/tile_order.cuh"
 #include "pieces/visibility.cuh"
+#include "sm90/tile_config.h"
 
 namespace flash::sm90 {
 
+template <int kGroups>
 struct Job {
   Site site;
   int head, head_kv;
-  int row0;  // of the sequence: the tile's first one
-  BlockRange blocks;
+  int row0;                 // of the sequence: the tile's first one
+  BlockRange blocks;        // that some group's rows see: they are loaded
+  BlockRange seen[kGroups];  // by each group's rows: a part of blocks, empty where a group has no rows
+  TileFeatures features;     // of kernels that do more than mask
 
   FLASH_HD bool sees_keys() const { return blocks.first < blocks.end; }
   template <MaskKind kMask>
@@ -22,17 +27,32 @@ struct Job {
 
 #ifdef __CUDACC__
 // False if the tile has no rows.  Called by a whole warp.
-template <MaskKind kMask, int kBlockM, int kBlockN>
+template <MaskKind kMask, Level kLevel, int kBlockN, int kGroups>
 __device__ __forceinline__ bool find_job(Problem const& problem, TileOrder const& order, int number,
-                                         Job& job) {
-  TileCoord const tile = order.coord(number);
-  job.site             = problem.cu_seqlens_q ? find_site<false>(problem, tile.block, kBlockM)
-                                              : dense_site(problem, tile.batch, tile.block);
-  job.row0             = job.site.block * kBlockM;
+                                         Job<kGroups>& job) {
+  constexpr int kBlockM = kGroups * kGroupRows;
+  TileCoord const tile  = order.coord(number);
+  job.site              = problem.cu_seqlens_q ? find_site<false>(problem, tile.block, kBlockM)
+                                               : dense_site(problem, tile.batch, tile.block);
+  job.row0              = job.site.block * kBlockM;
   if (job.row0 >= job.site.seqlen_q) { return false; }
-  job.head    = tile.head;
-  job.head_kv = int(order.by_sharing.divide(uint32_t(tile.head)));
-  job.blocks  = key_blocks<kBlockM, kBlockN>(job.see<kMask>(problem), job.site.block);
+  job.head       = tile.head;
+  job.head_kv    = int(order.by_sharing.divide(uint32_t(tile.head)));
+  auto const see = job.template see<kMask>(problem);
+  job.blocks     = key_blocks<kBlockM, kBlockN>(see, job.site.block);
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    int const first = job.blocks.first;
+    job.seen[g]     = BlockRange{first, first, first, first};
+    if (job.row0 + g * kGroupRows < job.site.seqlen_q) {
+      job.seen[g] = key_blocks<kGroupRows, kBlockN>(see, job.site.block * kGroups + g);
+    }
+  }
+  if constexpr (kLevel != Level::kPlain) {
+    int const batch = min_of(job.site.batch, problem.batch - 1);  // rows beyond the last sequence
+    job.features    = tile_features<kLevel>(problem, score_mod(problem, batch, job.head), batch,
+                                            job.head);
+  }
   return true;
 }
 #endif

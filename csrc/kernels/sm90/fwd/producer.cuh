@@ -16,6 +16,7 @@ template <class Traits, MaskKind kMask>
 struct Producer {
   using Shared  = typename Traits::Shared;
   using Element = typename Traits::Element;
+  using TileJob = Job<Traits::kGroups>;
 
   Problem const& problem;
   TileOrder const& order;
@@ -33,8 +34,8 @@ struct Producer {
     for (int number = int(blockIdx.x); number < tiles;) {
       // Asked for now, needed when this tile has been loaded.
       int const ticket = lane == 0 ? atomicAdd(counter, 1) : 0;
-      Job job;
-      if (find_job<kMask, Traits::kBlockM, Traits::kBlockN>(problem, order, number, job)) {
+      TileJob job;
+      if (find_job<kMask, Traits::kLevel, Traits::kBlockN>(problem, order, number, job)) {
         publish(job, true);
         load(job);
       }
@@ -47,7 +48,7 @@ struct Producer {
 
  private:
   // In the order in which the consumers need them.
-  CUTE_DEVICE void load(Job const& job) {
+  CUTE_DEVICE void load(TileJob const& job) {
     auto const q   = q_ring.take();
     int const last = job.blocks.end - 1;
     load_q(job, q, 0);
@@ -61,7 +62,7 @@ struct Producer {
     if (job.sees_keys()) { load_v(job, job.blocks.first); }
   }
 
-  CUTE_DEVICE void load_q(Job const& job, RingPlace<Traits::kQBuffers> const& place, int group) {
+  CUTE_DEVICE void load_q(TileJob const& job, RingPlace<Traits::kQBuffers> const& place, int group) {
     wait(smem.q_empty[place.index][group],
          place.empty_parity());  // PROTECTS: O was stored from it.
     if (lane == 0) {
@@ -73,22 +74,29 @@ struct Producer {
     }
   }
 
-  CUTE_DEVICE void load_k(Job const& job, int block) {
+  CUTE_DEVICE void load_k(TileJob const& job, int block) {
     auto const stage = free_stage();
-    if (lane == 0) { load_block(maps.k, job, block, stage.index, smem.stage_full[stage.index]); }
+    if (lane == 0) {
+      load_block<Traits::kHeadDim>(maps.k, job, block, stage.index, smem.stage_full[stage.index]);
+    }
   }
 
-  CUTE_DEVICE void load_v(Job const& job, int block) {
+  CUTE_DEVICE void load_v(TileJob const& job, int block) {
     auto const stage = free_stage();
     // Rows of other sequences, or that no query sees, would reach O as 0 * NaN.  A block that is visited has others, too: it begins
     // before seqlen_k and ends behind first_seen.
     int const row0  = block * Traits::kBlockN;
-    int const begin = kMask == MaskKind::kLocal ? job.see<kMask>(problem).first_seen() - row0 : 0;
+    int const begin = kMask == MaskKind::kLocal ? job.template see<kMask>(problem).first_seen() - row0 : 0;
     int const end   = problem.cu_seqlens_q ? job.site.seqlen_k - row0 : Traits::kBlockN;
     if (begin <= 0 && end >= Traits::kBlockN) {
-      if (lane == 0) { load_block(maps.v, job, block, stage.index, smem.stage_full[stage.index]); }
+      if (lane == 0) {
+        load_block<Traits::kHeadDimV>(maps.v, job, block, stage.index,
+                                      smem.stage_full[stage.index]);
+      }
     } else {
-      if (lane == 0) { load_block(maps.v, job, block, stage.index, smem.landed); }
+      if (lane == 0) {
+        load_block<Traits::kHeadDimV>(maps.v, job, block, stage.index, smem.landed);
+      }
       wait(smem.landed, landed_parity);
       landed_parity ^= 1;
       clear_rows(smem.stages[stage.index], 0, begin);
@@ -106,19 +114,20 @@ struct Producer {
     return stage;
   }
 
-  CUTE_DEVICE void load_block(TmaTensor const& tensor, Job const& job, int block, int stage,
+  template <int kColumns>
+  CUTE_DEVICE void load_block(TmaTensor const& tensor, TileJob const& job, int block, int stage,
                               uint64_t& full) {
-    arrive_expecting(full, Traits::kStageSize * sizeof(Element));
-    load_tile<Traits::kHeadDim, Traits::kBlockN, Traits::kBoxColumns>(
+    arrive_expecting(full, Traits::kBlockN * kColumns * sizeof(Element));
+    load_tile<kColumns, Traits::kBlockN, Traits::kBoxColumns>(
         tensor, &full, smem.stages[stage], job.site.k_row0 + block * Traits::kBlockN, job.head_kv,
         job.site.batch);
   }
 
-  // Rows [begin, end) of a tile: zeros.
+  // Rows [begin, end) of a block of V: zeros.
   CUTE_DEVICE void clear_rows(Element* tile, int begin, int end) {
     constexpr int kRowChunks = Traits::kBoxColumns / 8;
     auto* const chunks       = reinterpret_cast<uint4*>(tile);
-    for (int slab = 0; slab < Traits::kHeadDim / Traits::kBoxColumns; ++slab) {
+    for (int slab = 0; slab < Traits::kHeadDimV / Traits::kBoxColumns; ++slab) {
       int const first = slab * Traits::kBlockN * kRowChunks;
       for (int i = begin * kRowChunks + lane; i < end * kRowChunks; i += 32) {
         chunks[first + i] = uint4{};
@@ -126,7 +135,7 @@ struct Producer {
     }
   }
 
-  CUTE_DEVICE void publish(Job const& job, bool is_job) {
+  CUTE_DEVICE void publish(TileJob const& job, bool is_job) {
     auto const place = job_ring.take();
     wait(smem.job_empty[place.index], place.empty_parity());  // PROTECTS: its last job was stored.
     if (lane == 0) {

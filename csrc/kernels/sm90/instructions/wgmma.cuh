@@ -49,6 +49,12 @@ CUTE_HOST_DEVICE constexpr auto as_operand_a(Layout_ const& layout) {
                      get<1>(layout), get<1>(pairs));
 }
 
+// A operand ((2, 2, 2), 1, n) of a product over kDepth columns.
+template <int kDepth>
+CUTE_HOST_DEVICE constexpr auto operand_a() {
+  return make_layout(Shape<Shape<_2, _2, _2>, _1, Int<kDepth / 16>>{});
+}
+
 // The same registers as rows and columns.
 template <class Tensor_>
 CUTE_HOST_DEVICE auto rows_of(Tensor_& fragment) {
