@@ -20,6 +20,9 @@
 
 namespace flash::sm90 {
 
+// Which ends of a row's keys a block may cross.
+enum class Hidden { kNothing, kRight, kBoth };
+
 template <class Traits, MaskKind kMask>
 struct Consumer {
   using Shared  = typename Traits::Shared;
@@ -96,7 +99,7 @@ struct Consumer {
     wait_for_product<0>(tSrS);
     release(k_stage);
     change_scores();
-    if (block < left_end || block >= right_begin) { hide(); }
+    if (block < left_end || block >= right_begin) { hide<Hidden::kBoth>(); }
     float shrink[2];
     weigh(shrink);  // O is zero
     output().release();
@@ -107,17 +110,17 @@ struct Consumer {
   CUTE_DEVICE void walk() {
     if constexpr (See::kHasRight) {
       int const masked_end = max_of(right_begin, first);
-      while (block > masked_end) { step(true_type{}); }
+      while (block > masked_end) { step<Hidden::kRight>(); }
     }
     int const plain_end = max_of(left_end, first);
-    while (block > plain_end) { step(false_type{}); }
+    while (block > plain_end) { step<Hidden::kNothing>(); }
     if constexpr (See::kHasLeft) {
-      while (block > first) { step(true_type{}); }
+      while (block > first) { step<Hidden::kBoth>(); }
     }
   }
 
-  template <class IsMasked>
-  CUTE_DEVICE void step(IsMasked) {
+  template <Hidden kHidden>
+  CUTE_DEVICE void step() {
     --block;
     auto const k_stage = stage_ring.take();
     auto const v_stage = stage_ring.take();  // of the block after it
@@ -126,7 +129,7 @@ struct Consumer {
     wait_for_product<1>(tSrS);
     release(k_stage);
     change_scores();
-    if constexpr (IsMasked::value) { hide(); }
+    hide<kHidden>();
     float shrink[2];
     bool const moves = weigh(shrink);
     wait_for_product<0>(tOrO);
@@ -197,11 +200,15 @@ struct Consumer {
     }
   }
 
+  template <Hidden kHidden>
   CUTE_DEVICE void hide() {
-    TileJob const& job = this->job();
-    mask_scores<false, TiledMmaS, typename Traits::TileS>(
-        tSrS, job.template see<kMask>(params.problem), job.row0 + group * kGroupRows,
-        block * Traits::kBlockN, thread);
+    if constexpr (kHidden != Hidden::kNothing) {
+      constexpr Edges kEdges = kHidden == Hidden::kRight ? Edges::kRight : Edges::kBoth;
+      TileJob const& job     = this->job();
+      mask_scores<false, TiledMmaS, typename Traits::TileS, kEdges>(
+          tSrS, job.template see<kMask>(params.problem), job.row0 + group * kGroupRows,
+          block * Traits::kBlockN, thread);
+    }
   }
 
   // S becomes P, in fp32; whether O must be multiplied by shrink.
