@@ -38,8 +38,8 @@ std::tuple<at::Tensor, at::Tensor> merge_states(at::Tensor const& out_a_in,
   problem.seqlen_q = int(out_a.size(is_ragged ? 0 : 1));
   problem.heads_q  = int(out_a.size(-2));
   problem.head_dim = problem.head_dim_v = int(out_a.size(-1));
-  problem.lse_head_stride  = problem.seqlen_q;
-  problem.lse_batch_stride = int64_t(problem.heads_q) * problem.seqlen_q;
+  problem.lse_head_stride               = problem.seqlen_q;
+  problem.lse_batch_stride              = int64_t(problem.heads_q) * problem.seqlen_q;
   params.out_a = ref(out_a), params.out_b = ref(out_b), params.out = ref(out);
   params.lse_a = lse_a.data_ptr<float>(), params.lse_b = lse_b.data_ptr<float>();
   params.lse = lse.data_ptr<float>();

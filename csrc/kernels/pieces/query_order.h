@@ -23,15 +23,14 @@ inline bool make_query_order(Problem const& problem, int block_m, TileOrder& ord
   int const sharing = problem.heads_q / problem.heads_kv;
   bool const window = !ragged && problem.mask == MaskKind::kLocal;
   // K and V of a group stay in L2 while its query blocks run; of a window, what a few neighbouring blocks see.
-  int64_t const seen     = int64_t(problem.window_left) + problem.window_right + 8 * block_m;
-  int64_t const keys     = window && seen < problem.seqlen_k ? seen : problem.seqlen_k;
-  int64_t const kv_bytes = 2 * keys * problem.head_dim * kElementBytes;
+  int64_t const seen       = int64_t(problem.window_left) + problem.window_right + 8 * block_m;
+  int64_t const keys       = window && seen < problem.seqlen_k ? seen : problem.seqlen_k;
+  int64_t const kv_bytes   = 2 * keys * problem.head_dim * kElementBytes;
   int const heads_together = min_of(max_of(heads_in_l2(kv_bytes), bounds.least), bounds.most);
-  int const reach        = problem.window_left - (problem.seqlen_k - problem.seqlen_q);
-  order =
-      make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_q,
-                      heads_together * sharing, ragged || problem.mask != MaskKind::kNone,
-                      sharing, window ? short_blocks(reach, block_m, int(blocks)) : 0);
+  int const reach          = problem.window_left - (problem.seqlen_k - problem.seqlen_q);
+  order = make_tile_order(int(blocks), ragged ? 1 : problem.batch, problem.heads_q,
+                          heads_together * sharing, ragged || problem.mask != MaskKind::kNone,
+                          sharing, window ? short_blocks(reach, block_m, int(blocks)) : 0);
   return true;
 }
 

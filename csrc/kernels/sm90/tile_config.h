@@ -19,24 +19,18 @@ struct FwdTile {
 // is_general: for kernels that do more than mask (pieces/level.h), which need registers for it.
 constexpr FwdTile fwd_tile(int head_dim, bool is_general) {
   switch (head_dim) {
-    case 64:  // Three warpgroups: their softmax and their products fill each other's gaps.
-      return {.groups         = is_general ? 2 : 3,
-              .block_n        = 128,
+    case 64:  // Three warpgroups: their softmax and their products fill each other's gaps.  General ones spill with 128 keys.
+      return {.groups         = 3,
+              .block_n        = is_general ? 96 : 128,
               .stages         = 8,
               .q_buffers      = 2,
               .q_in_registers = false};
     case 96:  // As many stages as there is room for.
-      return {.groups         = 2,
-              .block_n        = 128,
-              .stages         = 7,
-              .q_buffers      = 2,
-              .q_in_registers = !is_general};
+      return {
+          .groups = 2, .block_n = 128, .stages = 7, .q_buffers = 2, .q_in_registers = !is_general};
     case 128:  // Q in registers: 1 to 2 % faster.
-      return {.groups         = 2,
-              .block_n        = 128,
-              .stages         = 5,
-              .q_buffers      = 2,
-              .q_in_registers = !is_general};
+      return {
+          .groups = 2, .block_n = 128, .stages = 5, .q_buffers = 2, .q_in_registers = !is_general};
     case 192:  // O takes 96 registers of a thread, S of 96 keys 48.  Not tuned.
       return {.groups = 2, .block_n = 96, .stages = 4, .q_buffers = 1, .q_in_registers = false};
     default:  // O takes 128 registers of a thread.

@@ -195,7 +195,7 @@ struct Consumer {
     if constexpr (changes_scores(Traits::kLevel)) {
       TileJob const& job = this->job();
       modify_scores<Traits::kLevel, false, TiledMmaS, typename Traits::TileS>(
-          job.features.score_mod, tSrS, job.row0 + group * kGroupRows, block * Traits::kBlockN,
+          features().score_mod, tSrS, job.row0 + group * kGroupRows, block * Traits::kBlockN,
           job.template see<kMask>(params.problem).shift(), opaque_index(thread));
     }
   }
@@ -207,7 +207,7 @@ struct Consumer {
       TileJob const& job     = this->job();
       mask_scores<false, TiledMmaS, typename Traits::TileS, kEdges>(
           tSrS, job.template see<kMask>(params.problem), job.row0 + group * kGroupRows,
-          block * Traits::kBlockN, thread);
+          block * Traits::kBlockN, opaque_index(thread));
     }
   }
 
@@ -222,9 +222,8 @@ struct Consumer {
   CUTE_DEVICE void round_weights() {
     round_into(tOrP, tSrS);
     if constexpr (may_have(Traits::kLevel, Level::kDropout)) {
-      TileFeatures const& features = job().features;
-      if (decided<Traits::kLevel>(Level::kDropout, features.drops)) {
-        drop(tOrP, features.dropout, params.problem.keep, job().row0 + group * kGroupRows,
+      if (decided<Traits::kLevel>(Level::kDropout, features().drops)) {
+        drop(tOrP, features().dropout, params.problem.keep, job().row0 + group * kGroupRows,
              block * Traits::kBlockN, thread);
       }
     }
@@ -246,6 +245,7 @@ struct Consumer {
   CUTE_DEVICE static int uniform(int number) { return __shfl_sync(~0u, number, 0); }
 
   CUTE_DEVICE TileJob const& job() const { return smem.jobs[job_place.index]; }
+  CUTE_DEVICE TileFeatures const& features() const { return smem.features[job_place.index]; }
 
   // False if there are no more.
   CUTE_DEVICE bool take_job() {
@@ -264,9 +264,7 @@ struct Consumer {
   CUTE_DEVICE bool sees_keys() const { return block >= first; }
 
   // Blocks of the tile to the right, and to the left, of those that this group sees.
-  CUTE_DEVICE int hidden_right() const {
-    return uniform(job().blocks.end - job().seen[group].end);
-  }
+  CUTE_DEVICE int hidden_right() const { return uniform(job().blocks.end - job().seen[group].end); }
   CUTE_DEVICE int hidden_left() const {
     if constexpr (!See::kHasLeft) { return 0; }
     return uniform(job().seen[group].first - job().blocks.first);
@@ -279,7 +277,7 @@ struct Consumer {
   // way around.
   CUTE_DEVICE void pass(int stages) {
     CUTE_NO_UNROLL  // unrolled, the ring's place would be taken for a number of a thread (see run)
-    for (int i = 0; i < stages; ++i) {
+        for (int i = 0; i < stages; ++i) {
       auto const stage = stage_ring.take();
       wait_for(stage);  // PROTECTS: each use of a stage is released once.
       release(stage);

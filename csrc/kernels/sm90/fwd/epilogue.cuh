@@ -32,7 +32,8 @@ struct FwdOutput {
 
   // O: not yet divided by the rows' sums.  job: in shared memory, so that it takes no registers in the main loop.
   template <class TensorO>
-  CUTE_DEVICE void store(Job<Traits::kGroups> const& job, int q_buffer, TensorO& tOrO, Softmax<2>& softmax) {
+  CUTE_DEVICE void store(Job<Traits::kGroups> const& job, int q_buffer, TensorO& tOrO,
+                         Softmax<2>& softmax) {
     release();
     float lse[2];
     softmax.finish(lse);
@@ -91,7 +92,8 @@ struct FwdOutput {
   }
 
   // The first of four lanes that share rows stores their LSE.
-  CUTE_DEVICE void store_lse(Job<Traits::kGroups> const& job, int row0, int rows, float const (&lse)[2]) const {
+  CUTE_DEVICE void store_lse(Job<Traits::kGroups> const& job, int row0, int rows,
+                             float const (&lse)[2]) const {
     Problem const& problem = params.problem;
     int const row          = first_row_of(thread);
     float* const place     = params.lse + job.site.batch * problem.lse_batch_stride +
@@ -104,7 +106,8 @@ struct FwdOutput {
 
   // This warp's sixteen rows, as far as there are any.
   template <class TensorS>
-  CUTE_DEVICE void store_rows(Job<Traits::kGroups> const& job, TensorS const& sO, int row0, int rows) const {
+  CUTE_DEVICE void store_rows(Job<Traits::kGroups> const& job, TensorS const& sO, int row0,
+                              int rows) const {
     constexpr int kRowChunks = Traits::kHeadDimV / 8;
     Element* const matrix =
         row_of<Element>(params.out, job.site.batch, job.head, job.site.q_row0 + row0);

@@ -1,7 +1,6 @@
 #pragma once
 // A tile of the forward pass as the producer tells the consumers of it: its rows, its head, the key blocks that it visits.
 // Used by: fwd/producer, fwd/consumer, fwd/epilogue.
-#include "pieces/features.cuh"
 #include "pieces/sequence.cuh"
 #include "pieces/tile_order.cuh"
 #include "pieces/visibility.cuh"
@@ -13,10 +12,10 @@ template <int kGroups>
 struct Job {
   Site site;
   int head, head_kv;
-  int row0;                 // of the sequence: the tile's first one
-  BlockRange blocks;        // that some group's rows see: they are loaded
-  BlockRange seen[kGroups];  // by each group's rows: a part of blocks, empty where a group has no rows
-  TileFeatures features;     // of kernels that do more than mask
+  int row0;           // of the sequence: the tile's first one
+  BlockRange blocks;  // that some group's rows see: they are loaded
+  BlockRange
+      seen[kGroups];  // by each group's rows: a part of blocks, empty where a group has no rows
 
   FLASH_HD bool sees_keys() const { return blocks.first < blocks.end; }
   template <MaskKind kMask>
@@ -27,7 +26,7 @@ struct Job {
 
 #ifdef __CUDACC__
 // False if the tile has no rows.  Called by a whole warp.
-template <MaskKind kMask, Level kLevel, int kBlockN, int kGroups>
+template <MaskKind kMask, int kBlockN, int kGroups>
 __device__ __forceinline__ bool find_job(Problem const& problem, TileOrder const& order, int number,
                                          Job<kGroups>& job) {
   constexpr int kBlockM = kGroups * kGroupRows;
@@ -47,11 +46,6 @@ __device__ __forceinline__ bool find_job(Problem const& problem, TileOrder const
     if (job.row0 + g * kGroupRows < job.site.seqlen_q) {
       job.seen[g] = key_blocks<kGroupRows, kBlockN>(see, job.site.block * kGroups + g);
     }
-  }
-  if constexpr (kLevel != Level::kPlain) {
-    int const batch = min_of(job.site.batch, problem.batch - 1);  // rows beyond the last sequence
-    job.features    = tile_features<kLevel>(problem, score_mod(problem, batch, job.head), batch,
-                                            job.head);
   }
   return true;
 }

@@ -44,18 +44,23 @@ cudaError_t make_maps(FwdParams const& params, FwdMaps& maps) {
   return status;
 }
 
+// Of the key heads that run together, each has 4 to 8 tiles on the way at once, which share what they read of K and V.  Causal at head
+// dimensions 128 and 256, fewer heads were up to 5 % slower from 4k tokens on, and more up to 10 % at 512 tokens, where K and V come from
+// memory again and again.  Groups of unequal size, 24 or 48 of 32 to 256 heads, were 1 to 5 % slower.
+inline HeadBounds head_bounds(Problem const& problem) {
+  int const heads = (problem.cu_seqlens_q ? 1 : problem.batch) * problem.heads_kv;
+  int const most  = max_of(1, sm_count() / 4);
+  return {sm_count() / 8, ceil_div(heads, ceil_div(heads, most))};
+}
+
 template <class Traits, class Kernel>
 cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, int* counter,
                               cudaStream_t stream) {
   FwdMaps maps;
   cudaError_t const status = make_maps<Traits>(params, maps);
   if (status != cudaSuccess) { return status; }
-  // Of the key heads that run together, each has 4 to 8 tiles on the way at once, which share what they read of K and V.  With fewer heads
-  // long and short tiles are not balanced, with more K and V come from memory again and again: causal at head dimensions 128 and 256, up to
-  // 10 % at 512 tokens and 5 % from 4k on.
-  HeadBounds const bounds{sm_count() / 8, sm_count() / 4};
   TileOrder order;
-  if (!make_query_order(params.problem, Traits::kBlockM, order, bounds)) {
+  if (!make_query_order(params.problem, Traits::kBlockM, order, head_bounds(params.problem))) {
     return cudaErrorInvalidConfiguration;
   }
   // Thread blocks ask for numbers of tiles beyond the last one.
@@ -81,8 +86,8 @@ struct Fwd {
     cudaError_t status = cudaSuccess;
     choose_kernel(params.problem, [&](auto mask, auto level) {
       using Traits = FwdTraits<kHeadDim, kHeadDimV, Element, level>;
-      status = launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask>, scratch.counters,
-                                         stream);
+      status =
+          launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask>, scratch.counters, stream);
     });
     return status;
   }

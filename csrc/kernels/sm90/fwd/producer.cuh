@@ -35,7 +35,7 @@ struct Producer {
       // Asked for now, needed when this tile has been loaded.
       int const ticket = lane == 0 ? atomicAdd(counter, 1) : 0;
       TileJob job;
-      if (find_job<kMask, Traits::kLevel, Traits::kBlockN>(problem, order, number, job)) {
+      if (find_job<kMask, Traits::kBlockN>(problem, order, number, job)) {
         publish(job, true);
         load(job);
       }
@@ -62,7 +62,8 @@ struct Producer {
     if (job.sees_keys()) { load_v(job, job.blocks.first); }
   }
 
-  CUTE_DEVICE void load_q(TileJob const& job, RingPlace<Traits::kQBuffers> const& place, int group) {
+  CUTE_DEVICE void load_q(TileJob const& job, RingPlace<Traits::kQBuffers> const& place,
+                          int group) {
     wait(smem.q_empty[place.index][group],
          place.empty_parity());  // PROTECTS: O was stored from it.
     if (lane == 0) {
@@ -85,9 +86,10 @@ struct Producer {
     auto const stage = free_stage();
     // Rows of other sequences, or that no query sees, would reach O as 0 * NaN.  A block that is visited has others, too: it begins
     // before seqlen_k and ends behind first_seen.
-    int const row0  = block * Traits::kBlockN;
-    int const begin = kMask == MaskKind::kLocal ? job.template see<kMask>(problem).first_seen() - row0 : 0;
-    int const end   = problem.cu_seqlens_q ? job.site.seqlen_k - row0 : Traits::kBlockN;
+    int const row0 = block * Traits::kBlockN;
+    int const begin =
+        kMask == MaskKind::kLocal ? job.template see<kMask>(problem).first_seen() - row0 : 0;
+    int const end = problem.cu_seqlens_q ? job.site.seqlen_k - row0 : Traits::kBlockN;
     if (begin <= 0 && end >= Traits::kBlockN) {
       if (lane == 0) {
         load_block<Traits::kHeadDimV>(maps.v, job, block, stage.index,
@@ -129,10 +131,17 @@ struct Producer {
     auto* const chunks       = reinterpret_cast<uint4*>(tile);
     for (int slab = 0; slab < Traits::kHeadDimV / Traits::kBoxColumns; ++slab) {
       int const first = slab * Traits::kBlockN * kRowChunks;
-      for (int i = begin * kRowChunks + lane; i < end * kRowChunks; i += 32) {
+      CUTE_NO_UNROLL  // the offsets of several turns would be kept in registers that the producer does not have
+          for (int i = begin * kRowChunks + lane; i < end * kRowChunks; i += 32) {
         chunks[first + i] = uint4{};
       }
     }
+  }
+
+  CUTE_DEVICE TileFeatures features_of(TileJob const& job) {
+    int const batch = min_of(job.site.batch, problem.batch - 1);  // rows beyond the last sequence
+    return tile_features<Traits::kLevel>(problem, score_mod(problem, batch, job.head), batch,
+                                         job.head);
   }
 
   CUTE_DEVICE void publish(TileJob const& job, bool is_job) {
@@ -140,6 +149,9 @@ struct Producer {
     wait(smem.job_empty[place.index], place.empty_parity());  // PROTECTS: its last job was stored.
     if (lane == 0) {
       smem.jobs[place.index] = job, smem.is_job[place.index] = is_job;
+      if constexpr (Traits::kLevel != Level::kPlain) {
+        if (is_job) { smem.features[place.index] = features_of(job); }
+      }
       arrive(smem.job_full[place.index]);
     }
   }

@@ -4,6 +4,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "pieces/features.cuh"
 #include "sm90/fwd/job.cuh"
 #include "sm90/tile_config.h"
 
@@ -42,23 +43,22 @@ struct FwdTraits {
   using LayoutVt = decltype(append<3>(
       tile_to_shape(AtomMn{}, Shape<Int<kHeadDimV>, Int<kBlockN>>{}, Step<_2, _1>{}),
       Layout<Int<kStages>, Int<kStageSize>>{}));
-  using LayoutO =
-      decltype(tile_to_shape(AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDimV>>{}));
+  using LayoutO  = decltype(tile_to_shape(AtomK{}, Shape<Int<kGroupRows>, Int<kHeadDimV>>{}));
   static_assert(kHeadDimV <= kHeadDim && kHeadDimV % kBoxColumns == 0);
   static_assert(cosize_v<LayoutQ> == kQSize && cosize_v<LayoutK> == kStages * kStageSize &&
                 cosize_v<LayoutVt> <= kStages * kStageSize);
 
   // One warpgroup's products.  S: K, and Q as the table says, in shared memory; O: P in registers.
-  using TileS       = Shape<Int<kGroupRows>, Int<kBlockN>>;
-  using TileO       = Shape<Int<kGroupRows>, Int<kHeadDimV>>;
-  using ProductS    = Shape<Int<kGroupRows>, Int<kBlockN>, _16>;
+  using TileS             = Shape<Int<kGroupRows>, Int<kBlockN>>;
+  using TileO             = Shape<Int<kGroupRows>, Int<kHeadDimV>>;
+  using ProductS          = Shape<Int<kGroupRows>, Int<kBlockN>, _16>;
   using MmaSFromRegisters = decltype(GMMA::rs_op_selector<Element, Element, float, ProductS,
                                                           GMMA::Major::K, GMMA::Major::K>());
   using MmaSFromShared    = decltype(GMMA::ss_op_selector<Element, Element, float, ProductS,
                                                           GMMA::Major::K, GMMA::Major::K>());
-  using TiledMmaS   = decltype(make_tiled_mma(
+  using TiledMmaS         = decltype(make_tiled_mma(
       std::conditional_t<kQInRegisters, MmaSFromRegisters, MmaSFromShared>{}));
-  using TiledMmaO   = decltype(make_tiled_mma(
+  using TiledMmaO         = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, Shape<Int<kGroupRows>, Int<kHeadDimV>, _16>,
                            GMMA::Major::K, GMMA::Major::MN>()));
 
@@ -73,7 +73,8 @@ struct FwdTraits {
     uint64_t job_full[kJobs], job_empty[kJobs];
     uint64_t landed;  // V blocks that the producer changes before it gives them on
     Job<kGroups> jobs[kJobs];
-    bool is_job[kJobs];  // false: there are no more
+    TileFeatures features[kJobs];  // of kernels that do more than mask
+    bool is_job[kJobs];            // false: there are no more
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 };
