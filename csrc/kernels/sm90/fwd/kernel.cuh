@@ -3,6 +3,7 @@
 // Invariant: every row of out and lse is written exactly once, those beyond the last sequence too.
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "pieces/dependent.cuh"
 #include "sm90/fwd/consumer.cuh"
 #include "sm90/fwd/producer.cuh"
 
@@ -37,7 +38,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   constexpr Registers kRegisters = registers(Traits::kGroups);
   int const warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);  // known to be the same in all lanes
   if (threadIdx.x == 0) { init_barriers<Traits>(smem); }
-  __syncthreads();  // PROTECTS: the barriers are initialised.
+  __syncthreads();             // PROTECTS: the barriers are initialised.
+  wait_for_previous_kernel();  // PROTECTS: tensors and counter are as that one leaves them.
   if (warp < Traits::kGroupWarps) {
     cutlass::arch::warpgroup_reg_dealloc<kRegisters.producer>();
     if (warp == 0) {  // the other warps have only given registers away

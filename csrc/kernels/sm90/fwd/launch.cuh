@@ -54,7 +54,7 @@ inline HeadBounds head_bounds(Problem const& problem) {
 }
 
 template <class Traits, class Kernel>
-cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, int* counter,
+cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, int* counter, int capability,
                               cudaStream_t stream) {
   FwdMaps maps;
   cudaError_t const status = make_maps<Traits>(params, maps);
@@ -66,7 +66,8 @@ cudaError_t launch_fwd_kernel(FwdParams const& params, Kernel kernel, int* count
   // Thread blocks ask for numbers of tiles beyond the last one.
   if (order.size() > INT32_MAX - sm_count()) { return cudaErrorInvalidConfiguration; }
   int const blocks = min_of(int(order.size()), sm_count());
-  Launch const launch{blocks, Traits::kThreads, int(sizeof(typename Traits::Shared)), stream};
+  Launch launch{blocks, Traits::kThreads, int(sizeof(typename Traits::Shared)), stream};
+  launch.start = earliest_start(capability);
   return launch_kernel(kernel, launch, params, order, maps, counter);
 }
 
@@ -81,13 +82,13 @@ struct Fwd {
 
   static void plan(FwdParams const&, Plan& plan) { plan.counters = 1; }
 
-  static cudaError_t launch(FwdParams const& params, Plan const&, Scratch const& scratch,
+  static cudaError_t launch(FwdParams const& params, Plan const& plan, Scratch const& scratch,
                             cudaStream_t stream) {
     cudaError_t status = cudaSuccess;
     choose_kernel(params.problem, [&](auto mask, auto level) {
       using Traits = FwdTraits<kHeadDim, kHeadDimV, Element, level>;
-      status =
-          launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask>, scratch.counters, stream);
+      status       = launch_fwd_kernel<Traits>(params, &fwd_kernel<Traits, mask>, scratch.counters,
+                                               plan.capability, stream);
     });
     return status;
   }

@@ -1,6 +1,7 @@
 #pragma once
 // The warp that loads: for each of the thread block's tiles Q, then K and V from the last key block to the first, by TMA.
 // It runs ahead of the consumers as far as the rings' buffers allow, into the next tiles too.
+#include "pieces/dependent.cuh"
 #include "sm90/fwd/traits.cuh"
 #include "sm90/instructions/barrier.cuh"
 #include "sm90/instructions/ring.cuh"
@@ -44,6 +45,7 @@ struct Producer {
       number = int(gridDim.x) + __shfl_sync(~0u, ticket, 0);
     }
     publish({}, false);
+    let_next_kernel_start();
   }
 
  private:

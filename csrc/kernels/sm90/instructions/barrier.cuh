@@ -7,13 +7,42 @@
 
 namespace flash::sm90 {
 
+// Compiled with FLASH_SM90_SHAKE, each warp sleeps now and then, for a time of its own, before it waits or arrives, and a wait that has
+// not ended after some seconds ends the kernel with an error.  So a wait that is missing, or one that never ends, is found by the tests.
+#ifdef FLASH_SM90_SHAKE
+constexpr bool kShakes = true;
+#else
+constexpr bool kShakes = false;
+#endif
+
+CUTE_DEVICE void shake() {
+  constexpr uint32_t kMostNs = 4095, kOneIn = 4;
+  uint32_t const draw = (uint32_t(clock()) ^ blockIdx.x * 7919u ^ threadIdx.x / 32 * 104729u) *
+                        2654435761u;  // a warp's own, by multiplicative hashing
+  if ((draw >> 8) % kOneIn == 0) { __nanosleep(draw >> 16 & kMostNs); }
+}
+
+CUTE_DEVICE void wait_or_trap(uint64_t& barrier, uint32_t parity) {
+  constexpr long long kMostCycles = 8'000'000'000;
+  long long const begin           = clock64();
+  while (!cutlass::arch::ClusterBarrier::try_wait(&barrier, parity)) {
+    if (clock64() - begin > kMostCycles) { __trap(); }
+  }
+}
+
 // Until the phase of this parity is complete.
 CUTE_DEVICE void wait(uint64_t& barrier, uint32_t parity) {
-  cutlass::arch::ClusterBarrier::wait(&barrier, parity);
+  if constexpr (kShakes) {
+    shake();
+    wait_or_trap(barrier, parity);
+  } else {
+    cutlass::arch::ClusterBarrier::wait(&barrier, parity);
+  }
   keep_order();
 }
 
 CUTE_DEVICE void arrive(uint64_t& barrier) {
+  if constexpr (kShakes) { shake(); }
   keep_order();
   cutlass::arch::ClusterBarrier::arrive(&barrier);
 }
