@@ -35,7 +35,7 @@ CASES = [
 ]
 FEATURED = [
     AttnCase(130, 203, (4, 2), head_dim, Mask.causal, batch=2, **features)
-    for head_dim in (64, 128, 200)
+    for head_dim in (64, 96, 128, 192, 200)
     for features in FEATURE_SETS
 ]
 DECODING = [

@@ -19,10 +19,9 @@ from cases import (
     VarlenCase,
     make_inputs,
     make_varlen_inputs,
-    on_devices,
 )
 from harness import assert_same_result, features_of, run_flash, run_varlen, varlen_keep
-from hopper import GENERAL_TILES, HEAD_DIMS, IS_HOPPER, check, check_varlen, on_hopper
+from hopper import GENERAL_TILES, HEAD_DIMS, check, check_varlen, on_hopper
 from oracle import visible
 from philox import keep_mask
 from torch import Tensor
@@ -167,25 +166,7 @@ def test_the_weights_of_sequences_that_are_dropped(
         begin += sq
 
 
-# --- Beside masks -----------------------------------------------------------------------------------
-
-
-@on_devices(
-    cuda=[
-        AttnCase(230, 300, (4, 2), d, Mask.causal, batch=2, head_dim_v=dv, **features)
-        for d, dv in HEAD_DIMS
-        for features in LEVELS
-        if IS_HOPPER
-    ]
-)
-def test_calls_with_features_take_these_kernels(device: str, case: AttnCase, pin_isa) -> None:
-    """The bits are those of sm90 when nothing is pinned.  Whether they are sm80's too is not asked."""
-    x, options = make_inputs(case, device), features_of(case, device) | dict(causal=case.causal)
-    pin_isa("")
-    want = run_flash(x.q, x.k, x.v, **options)
-    pin_isa("sm90")
-    assert_same_result(run_flash(x.q, x.k, x.v, **options), want, case, dq_bitwise=True)
-
+# --- What masks hide ---------------------------------------------------------------------------------
 
 UNSEEN = [
     AttnCase(100, 500, (2, 1), d, Mask.causal, window=(20, 0), head_dim_v=dv, **features)
