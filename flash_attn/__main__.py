@@ -15,9 +15,9 @@ from flash_attn._head_dims import MAX_HEAD_DIM
 
 REBUILD = "in the source directory: pip install -v --no-build-isolation ."
 MINIMUM_CAPABILITY = (8, 0)
-# What the kernels of an isa are made of, the GPUs that they run on, and what they leave to the next.
+# What the kernels of an isa are made of, and the GPUs that they run on.
 ISAS = {
-    "sm90": "sm90 (wgmma, TMA): compute capability 9.0; without softcap, ALiBi, dropout",
+    "sm90": "sm90 (wgmma, TMA): compute capability 9.0",
     "sm80": "sm80 (mma.sync, cp.async): 8.0 and newer",
 }
 SERVES = {

@@ -12,9 +12,17 @@ import sys
 
 import pytest
 import torch
-from cases import AttnCase, Mask, built_isas, cuda_build, make_inputs, on_devices
+from cases import (
+    FEATURE_SETS,
+    AttnCase,
+    Mask,
+    built_isas,
+    cuda_build,
+    make_inputs,
+    on_devices,
+)
 from decoding import DecodeCase, check_decode, make_decode_inputs
-from harness import assert_same_result, check_case, run_flash
+from harness import assert_same_result, check_case, features_of, run_flash
 
 from csrc.kernels import kernel_list
 from flash_attn import flash_attn_func
@@ -24,6 +32,11 @@ CASES = [
     AttnCase(130, 203, (4, 2), head_dim, mask, dtype, batch=2)
     for head_dim in (*HEAD_DIMS, 40, 72)
     for mask, dtype in ((Mask.causal, "bf16"), (Mask.none, "fp16"))
+]
+FEATURED = [
+    AttnCase(130, 203, (4, 2), head_dim, Mask.causal, batch=2, **features)
+    for head_dim in (64, 96, 128, 192, 200)
+    for features in FEATURE_SETS
 ]
 DECODING = [
     DecodeCase((90, 5, 200), 1, (8, 2), 64, Mask.causal),
@@ -50,17 +63,18 @@ def test_decoding_kernels_of_each_isa_match_the_oracle(
     check_decode(case, make_decode_inputs(case, device))
 
 
-@on_devices(cuda=CASES)
+@on_devices(cuda=CASES + FEATURED)
 def test_calls_take_the_newest_isa_that_serves(device: str, case: AttnCase, pin_isa) -> None:
     """Of the forward pass.  A unit that serves nothing, first in its table, changes nothing."""
-    x = make_inputs(case, device)
+    x, options = make_inputs(case, device), features_of(case, device)
     pin_isa("")
-    want = run_flash(x.q, x.k, x.v, causal=case.causal)
+    want = run_flash(x.q, x.k, x.v, causal=case.causal, **options)
     unit_dim = next(d for d in HEAD_DIMS if d >= case.head_dim)
     kernels = cuda_build()["kernels"]
     isas = [i for i in built_isas("fwd") if (i, "fwd", unit_dim, case.dtype) in kernels]
     pin_isa(isas[0])
-    assert_same_result(run_flash(x.q, x.k, x.v, causal=case.causal), want, case, dq_bitwise=True)
+    ours = run_flash(x.q, x.k, x.v, causal=case.causal, **options)
+    assert_same_result(ours, want, case, dq_bitwise=True)
 
 
 @pytest.mark.cuda
@@ -71,12 +85,12 @@ def test_an_isa_that_does_not_serve_is_named(device: str, pin_isa) -> None:
     if cuda_build()["kernels"].count(built) < 2:  # the other one is the isa's own
         pytest.skip("needs a build with FLASH_ATTN_TEST_UNITS=1")
     q = torch.zeros(1, 8, 1, unit.head_dim, dtype=torch.bfloat16, device=device)
-    softcap = 5.0  # no kernel of this isa has it
+    k = q[:, :1].expand(q.shape)  # no kernel of this isa takes rows that are all the same
     pin_isa(unit.isa)
     with pytest.raises(RuntimeError, match=rf"head_dim 64 with bf16.*FLASH_ATTN_ISA: {unit.isa}"):
-        flash_attn_func(q, q, q, softcap=softcap)
+        flash_attn_func(q, k, k)
     pin_isa("")
-    flash_attn_func(q, q, q, softcap=softcap)
+    flash_attn_func(q, k, k)
 
 
 def test_pinning_to_no_isa_is_refused(pin_isa) -> None:

@@ -28,7 +28,16 @@ from harness import (
     run_flash,
     run_varlen,
 )
-from hopper import ISA, MULTIPROCESSORS, TILES, check, check_varlen, on_hopper
+from hopper import (
+    GENERAL_TILES,
+    ISA,
+    MULTIPROCESSORS,
+    TILES,
+    Tile,
+    check,
+    check_varlen,
+    on_hopper,
+)
 from test_layouts import (
     buffer_like,
     heads_first,
@@ -47,23 +56,33 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "hopper.md"
 
 
 def test_tile_table_is_read() -> None:
-    assert tuple(TILES) == kernel_list.ONLY_HEAD_DIMS[ISA]
+    """Also where a number depends on what the kernel does."""
+    assert tuple(TILES) == tuple(GENERAL_TILES) == kernel_list.ONLY_HEAD_DIMS[ISA]
+    plain, general = TILES[64], GENERAL_TILES[64]
+    assert (plain.rows, general.rows) == (192, 128), "three warpgroups, or two with features"
+    assert TILES[128].q_in_registers and not GENERAL_TILES[128].q_in_registers
 
 
 def test_page_about_hopper_has_the_tiles_of_the_table() -> None:
-    rows = re.findall(r"^\|" + r" (\d+) \|" * 7, PAGE.read_text(), re.MULTILINE)
-    found = {d: numbers for d, *numbers in (map(int, row) for row in rows)}
-    want = {
-        d: [m // 64, m, n, stages, buffers, 2 * d * (stages * n + buffers * m) // 1024]
-        for d, (m, n, stages, buffers) in TILES.items()
-    }
+    """Those of features where they are others."""
+    pattern = r"^\| (\d+)(, features|) \|" + r" (\d+) \|" * 6 + r" (registers|shared) \|"
+    rows = re.findall(pattern, PAGE.read_text(), re.MULTILINE)
+    found = {(int(d), bool(features)): numbers for d, features, *numbers in rows}
+
+    def cells(d: int, tile: Tile) -> list[str]:
+        kb = 2 * d * (tile.stages * tile.block_n + tile.q_buffers * tile.rows) // 1024
+        numbers = (tile.rows // 64, tile.rows, tile.block_n, tile.stages, tile.q_buffers, kb)
+        return [*map(str, numbers), "registers" if tile.q_in_registers else "shared"]
+
+    want = {(d, False): cells(d, tile) for d, tile in TILES.items()}
+    want |= {(d, True): cells(d, t) for d, t in GENERAL_TILES.items() if t != TILES[d]}
     assert found == want
 
 
 # Keys around the ends of the ring, whose stages K and V share; windows have masks at both ends.
 RING = [
     AttnCase(200, keys, (2, 1), d, mask, dtype, window=window)
-    for (d, (_, block_n, stages, _)), dtype in zip(TILES.items(), ("bf16", "fp16") * 3)
+    for (d, (_, block_n, stages, *_)), dtype in zip(TILES.items(), ("bf16", "fp16") * 3)
     for keys, mask, window in (
         (1, Mask.none, (-1, -1)),
         (block_n, Mask.none, (-1, -1)),
@@ -320,16 +339,14 @@ def test_one_value_that_is_not_finite(
     check(case, x)
 
 
-FEATURED = [
-    AttnCase(130, 200, (4, 2), 64, Mask.causal, **features)
-    for features in FEATURE_SETS
-    if not features.keys() <= {"window"}
+UP_TO_32 = [
+    AttnCase(130, 200, (4, 2), 32, Mask.causal),
+    AttnCase(130, 200, (4, 2), 24, Mask.none, "fp16"),
+    AttnCase(130, 200, (4, 2), 32, Mask.causal, **FEATURE_SETS[-1]),
 ]
-FEATURED.append(AttnCase(130, 200, (4, 2), 32, Mask.causal))
-FEATURED.append(AttnCase(130, 200, (4, 2), 24, Mask.none, "fp16"))
 
 
-@on_hopper(*FEATURED)
+@on_hopper(*UP_TO_32)
 def test_what_sm90_does_not_serve_falls_to_sm80(device: str, case: AttnCase, pin_isa) -> None:
     """Without notice: the same bits as pinned to sm80.  Pinned to sm90 it is an error."""
     x = make_inputs(case, device)

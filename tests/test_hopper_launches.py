@@ -9,8 +9,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import AttnCase, Inputs, Mask, VarlenCase, is_built, make_inputs, make_varlen_inputs
-from harness import assert_bitwise, capture, run_flash
+from cases import (
+    Alibi,
+    AttnCase,
+    Inputs,
+    Mask,
+    VarlenCase,
+    is_built,
+    make_inputs,
+    make_varlen_inputs,
+)
+from harness import assert_bitwise, capture, features_of, run_flash
 from hopper import IS_HOPPER, MULTIPROCESSORS, on_hopper
 from torch import Tensor
 
@@ -20,6 +29,11 @@ STRESSED = [
     AttnCase(1500, 1500, (8, 4), d, mask, batch=4)
     for d, mask in ((64, Mask.causal), (128, Mask.causal), (128, Mask.none), (256, Mask.causal))
 ]
+STRESSED += [
+    AttnCase(1500, 1500, (8, 4), 64, Mask.causal, batch=4, window=(300, 0)),
+    AttnCase(1500, 1500, (8, 4), 192, Mask.causal, batch=4, head_dim_v=128),
+    AttnCase(1500, 1500, (8, 4), 64, batch=4, softcap=5.0, alibi=Alibi.per_head),
+]
 
 
 @on_hopper(*STRESSED)
@@ -27,8 +41,9 @@ def test_repeats_are_bitwise_equal_under_load(
     device: str, case: AttnCase, pinned_to_sm90: None
 ) -> None:
     """A second stream keeps L2 and memory busy, so that loads arrive at other times."""
-    x = make_inputs(case, device)
-    want = run_flash(x.q, x.k, x.v, causal=case.causal)
+    x, options = make_inputs(case, device), features_of(case, device)
+    want = run_flash(x.q, x.k, x.v, causal=case.causal, **options)
+    options |= dict(causal=case.causal, return_attn_probs=True)
     busy = torch.zeros(96 << 20, dtype=torch.uint8, device=device)
     load, other = torch.cuda.Stream(), torch.empty_like(busy)
     load.wait_stream(torch.cuda.current_stream())
@@ -37,7 +52,7 @@ def test_repeats_are_bitwise_equal_under_load(
         for _ in range(200):
             with torch.cuda.stream(load):
                 other.copy_(busy)
-            out, lse, _ = flash_attn_func(x.q, x.k, x.v, causal=case.causal, return_attn_probs=True)
+            out, lse, _ = flash_attn_func(x.q, x.k, x.v, **options)
             differs |= (out != want.out).any() | (lse != want.lse).any()
     torch.cuda.current_stream().wait_stream(load)
     assert not differs.item(), case
@@ -107,6 +122,7 @@ BESIDE = [
         (129, 129, 256, Mask.none, "bf16"),
     )
 ]
+BESIDE += [AttnCase(129, 200, (2, 1), 192, Mask.causal, batch=2, head_dim_v=v) for v in (72, 128)]
 
 
 @on_hopper(*BESIDE)
@@ -126,6 +142,8 @@ def test_nothing_beside_the_results_is_written(
     VarlenCase((70, 33), (90, 200), (2, 1), 72, Mask.causal),
     VarlenCase((128, 65, 1), (1, 90, 300), (1, 1), 128, Mask.none, "fp16"),
     VarlenCase((200, 63), (90, 200), (2, 2), 256, Mask.causal),
+    VarlenCase((200, 63), (90, 200), (2, 2), 192, Mask.causal, head_dim_v=128),
+    VarlenCase((70, 130), (90, 200), (2, 2), 136, Mask.none, head_dim_v=40),
 )
 def test_nothing_beside_the_results_of_sequences_is_written(
     device: str, case: VarlenCase, pinned_to_sm90: None

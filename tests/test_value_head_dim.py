@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import hopper
 import pytest
 import torch
 from cases import (
@@ -31,17 +32,11 @@ from harness import (
     features_of,
     leaves,
     run_flash,
-    run_varlen,
-    varlen_keep,
 )
 from hopper import IS_HOPPER
 from oracle import (
     Result,
     assert_probs,
-    attention_oracle,
-    attention_peer,
-    check_result,
-    per_sequence,
 )
 from philox import keep_mask
 from torch import Tensor
@@ -81,15 +76,7 @@ def check(case: AttnCase, device: str) -> Result:
     x = make_inputs(case, device)
     if device == "cpu":
         return check_case(case, x)
-    features = features_of(case, device)
-    ours = run_flash(x.q, x.k, x.v, causal=case.causal, **features)
-    if case.dropout:
-        shape = (range(case.batch), case.heads[0], case.seqlen_q, case.seqlen_k)
-        features["keep"] = keep_mask(ours.rng_state, *shape, case.dropout, x.q.device)
-    options = dict(scale=case.scale, causal=case.causal, **features)
-    want = attention_oracle(x.q, x.k, x.v, **options)
-    check_result(ours, attention_peer(x.q, x.k, x.v, **options), want, case=case)
-    return ours
+    return hopper.check(case, x)
 
 
 def check_lengths(case: VarlenCase, device: str) -> Result:
@@ -97,16 +84,7 @@ def check_lengths(case: VarlenCase, device: str) -> Result:
     x = make_varlen_inputs(case, device)
     if device == "cpu":
         return check_varlen(case, x)
-    features = features_of(case, device)
-    ours = run_varlen(x, causal=case.causal, backward=False, **features)
-    if case.dropout:
-        features["keep"] = varlen_keep(case, ours.rng_state, x.q.device)
-    ends = dict(cu_seqlens_q=x.cu_seqlens_q.tolist(), cu_seqlens_k=x.cu_seqlens_k.tolist())
-    options = dict(scale=case.scale, causal=case.causal, **ends, **features)
-    want = per_sequence(attention_oracle, x.q, x.k, x.v, **options)
-    peer = per_sequence(attention_peer, x.q, x.k, x.v, **options)
-    check_result(ours, peer, want, case=case)
-    return ours
+    return hopper.check_varlen(case, x)
 
 
 MLA = AttnCase(130, 203, (4, 2), 192, Mask.causal, batch=2, head_dim_v=128)

@@ -1,6 +1,7 @@
 // Check of sm90/instructions/ring.cuh, and of the order in which the sm90 forward's producer and consumers walk its rings: random
-// interleavings of one producer warp, TMA and the consumers' warps.  Wrong are a deadlock, a buffer that is written while somebody reads
-// it or another load is under way to it, and a read of anything but the use that is meant.  Faults that are put in must be found.
+// interleavings of one producer warp, TMA and the consumers' warps.  Of a tile's key blocks each group sees a range of its own, and
+// passes over the others.  Wrong are a deadlock, a buffer that is written while somebody reads it or another load is under way to it, and a
+// read of anything but the use that is meant.  Faults that are put in must be found.
 #include <string>
 #include <vector>
 
@@ -14,7 +15,17 @@ using namespace interleave;
 using check::expect;
 
 // What a simulation can be told to do wrong.
-enum class Fault { kNone, kNoFullWait, kNoEmptyWait, kFewReleases, kEarlyRelease, kSameParity };
+enum class Fault {
+  kNone,
+  kNoFullWait,
+  kNoEmptyWait,
+  kFewReleases,
+  kEarlyRelease,
+  kSameParity,
+  kNoPassWait,      // stages that pass by are released before they are full
+  kShortPassRight,  // one stage too few before the blocks that a group sees
+  kShortPassLeft    // one stage too few behind them
+};
 
 // --- One ring ---------------------------------------------------------------------------------------
 
@@ -79,10 +90,19 @@ int name_of(Matrix matrix, int tile, int block = 0) {
   return (tile * 64 + block) * 4 + int(matrix);
 }
 
+// The key blocks that a group sees, from first to end.
+struct Seen {
+  int first, end;
+};
+struct Tile {
+  int blocks;
+  std::vector<Seen> seen;  // by each group
+};
+
 template <int kStages, int kQBuffers>
 class Forward {
  public:
-  Forward(std::vector<int> tiles_, int groups_, Fault fault_, Random& draw)
+  Forward(std::vector<Tile> tiles_, int groups_, Fault fault_, Random& draw)
       : machine(1 + groups_ * kWarps, draw),
         tiles(std::move(tiles_)),
         groups(groups_),
@@ -125,7 +145,7 @@ class Forward {
   };
 
   Machine machine;
-  std::vector<int> tiles;  // key blocks of each
+  std::vector<Tile> tiles;
   int groups;
   Fault fault;
   std::vector<Buffer> stages{kStages}, jobs{kJobs};
@@ -162,7 +182,7 @@ class Forward {
     for (int tile = 0; tile < int(tiles.size()); ++tile) {
       publish(tile);
       auto const place  = q_ring.take();
-      int const last    = tiles[tile] - 1;
+      int const last    = tiles[tile].blocks - 1;
       auto const load_q = [&](int group) {
         agent.add([this, place, group] {
           return q_empty[place.index][group].passes(place.empty_parity());
@@ -214,18 +234,25 @@ class Forward {
     agent.add([this, place, &warp] {
       return q_full[place.index][warp.group].passes(place.full_parity());
     });
-    if (int block = tiles[tile] - 1; block >= 0) {
-      int k = scores(agent, warp, place.index, tile, block);
+    auto const [first, end] = tiles[tile].seen[warp.group];
+    int const hidden_right = tiles[tile].blocks - end, hidden_left = first;
+    pass(agent, warp, 2 * hidden_right - int(first < end), Fault::kShortPassRight);
+    if (first < end) {
+      int block = end - 1;
+      int k     = scores(agent, warp, place.index, tile, block);
+      pass(agent, warp, min_of(hidden_right, 1));
       end_scores(agent, warp, k, place.index, tile, block);
       release(agent, warp);
-      while (--block >= 0) {
+      while (--block >= first) {
         k           = scores(agent, warp, place.index, tile, block);
         int const v = take_stage(agent, warp, name_of(Matrix::kV, tile, block + 1));
         end_scores(agent, warp, k, place.index, tile, block);
         end_stage(agent, v, name_of(Matrix::kV, tile, block + 1));
       }
-      end_stage(agent, take_stage(agent, warp, name_of(Matrix::kV, tile, 0)),
-                name_of(Matrix::kV, tile, 0));
+      pass(agent, warp, min_of(hidden_left, 1));
+      int const v = name_of(Matrix::kV, tile, first);
+      end_stage(agent, take_stage(agent, warp, v), v);
+      pass(agent, warp, 2 * hidden_left - 1, Fault::kShortPassLeft);
     }
     store(agent, warp, place.index, tile);
     agent.add_once(
@@ -233,6 +260,17 @@ class Forward {
     return true;
   }
 
+  // is_short: the fault with which one stage too few passes by.
+  void pass(Agent& agent, Warp& warp, int stages, Fault is_short = Fault::kNone) {
+    if (is_short != Fault::kNone && fault == is_short) { --stages; }
+    for (int i = 0; i < stages; ++i) {
+      auto const place = warp.stage_ring.take();
+      agent.add([this, place] {
+        return fault == Fault::kNoPassWait || stage_full[place.index].passes(place.full_parity());
+      });
+      agent.add_once([this, place] { stage_empty[place.index].arrive(); });
+    }
+  }
   int take_stage(Agent& agent, Warp& warp, int content) {
     auto const place = warp.stage_ring.take();
     agent.add([this, place] {
@@ -301,10 +339,29 @@ class Forward {
   }
 };
 
+// How often a group has passed over blocks on the right, on the left, on both sides, over all of them.
+int passed_right = 0, passed_left = 0, passed_both = 0, passed_all = 0;
+
+// All blocks, none, or any range; no blocks are those before the first one, as in a job.
+Seen draw_seen(int blocks, Random& draw) {
+  int const kind = below(draw, 6);
+  if (kind < 2 || blocks == 0) { return {0, blocks}; }
+  if (kind == 2) { return ++passed_all, Seen{0, 0}; }
+  int const first = below(draw, blocks), end = first + 1 + below(draw, blocks - first);
+  bool const right = end < blocks, left = first > 0;
+  passed_right += right && !left, passed_left += left && !right, passed_both += right && left;
+  return {first, end};
+}
+
 template <int kStages, int kQBuffers>
 std::string run_forward(int groups, Fault fault, int most_tiles, Random& draw) {
-  std::vector<int> tiles(below(draw, most_tiles + 1));
-  for (int& blocks : tiles) { blocks = std::vector<int>{0, 0, 1, 1, 2, 3, 7}[below(draw, 7)]; }
+  std::vector<Tile> tiles(below(draw, most_tiles + 1));
+  for (Tile& tile : tiles) {
+    tile.blocks = std::vector<int>{0, 0, 1, 1, 2, 3, 7}[below(draw, 7)];
+    for (int group = 0; group < groups; ++group) {
+      tile.seen.push_back(draw_seen(tile.blocks, draw));
+    }
+  }
   return Forward<kStages, kQBuffers>(tiles, groups, fault, draw).run();
 }
 
@@ -316,7 +373,8 @@ void check_forward(int groups, Random& draw) {
            wrong.c_str());
   }
   for (Fault fault :
-       {Fault::kNoFullWait, Fault::kNoEmptyWait, Fault::kFewReleases, Fault::kEarlyRelease}) {
+       {Fault::kNoFullWait, Fault::kNoEmptyWait, Fault::kFewReleases, Fault::kEarlyRelease,
+        Fault::kNoPassWait, Fault::kShortPassRight, Fault::kShortPassLeft}) {
     bool found = false;
     for (int i = 0; i < 200 && !found; ++i) {
       found = !run_forward<kStages, kQBuffers>(groups, fault, 9, draw).empty();
@@ -333,6 +391,11 @@ int main() {
   check_forward<8, 2>(3, draw);  // head dimension 64
   check_forward<7, 2>(2, draw), check_forward<5, 2>(2, draw);
   check_forward<4, 1>(2, draw), check_forward<5, 1>(2, draw);
+  check_forward<8, 2>(2, draw);  // and with more than masks
   check_forward<2, 1>(2, draw), check_forward<3, 2>(3, draw);
+  std::printf("groups passed over blocks on the right %d, left %d, both sides %d, all %d times\n",
+              passed_right, passed_left, passed_both, passed_all);
+  expect(passed_right && passed_left && passed_both && passed_all,
+         "some way of passing is missing");
   return check::finish();
 }

@@ -1,5 +1,5 @@
-// Exhaustive check of pieces/visibility.cuh over small problems: intervals, their inverses, the blocks of both passes, and
-// half steps.
+// Exhaustive check of pieces/visibility.cuh over small problems: intervals, their inverses, the blocks of both passes, half
+// steps, and the blocks of the groups of rows in a tile of sm90's forward.
 #include <initializer_list>
 
 #include "check.h"
@@ -140,6 +140,41 @@ void check_half_steps(Visibility<kMask> const& m) {
   }
 }
 
+long passed_right = 0, passed_left = 0, blind_groups = 0, groups_without_rows = 0;
+
+// As find_job of sm90/fwd/job.cuh: the key blocks that each of a tile's groups of rows sees.
+template <int kGroups, int kRows, int kN, MaskKind kMask>
+void check_groups(Visibility<kMask> const& m) {
+  constexpr int kM = kGroups * kRows;
+  for (int tile = 0; tile * kM < m.seqlen_q; ++tile) {
+    BlockRange const blocks = key_blocks<kM, kN>(m, tile);
+    int first = blocks.end, end = blocks.first;  // of all groups' ranges together
+    for (int g = 0; g < kGroups; ++g) {
+      int const row0 = tile * kM + g * kRows;
+      if (row0 >= m.seqlen_q) {
+        ++groups_without_rows;
+        continue;
+      }
+      BlockRange const seen = key_blocks<kRows, kN>(m, tile * kGroups + g);
+      expect(blocks.first <= seen.first && seen.first <= seen.end && seen.end <= blocks.end,
+             CASE ": group %d of tile %d sees blocks %d to %d beside the tile's", ARGS, g, tile,
+             seen.first, seen.end);
+      // A group that sees nothing passes over as many blocks as lie behind its end: all of them.
+      expect(seen.first < seen.end || seen.end == blocks.first,
+             CASE ": group %d of tile %d sees nothing, at block %d", ARGS, g, tile, seen.end);
+      if (seen.first < seen.end) { first = min_of(first, seen.first), end = max_of(end, seen.end); }
+      for (int q = row0; q < min_of(row0 + kRows, m.seqlen_q); ++q)
+        expect(m.first_key(q) >= m.end_key(q) ||
+                   (seen.first * kN <= m.first_key(q) && m.end_key(q) <= seen.end * kN),
+               CASE ": group %d of tile %d misses keys of row %d", ARGS, g, tile, q);
+      passed_right += blocks.end - seen.end, passed_left += seen.first - blocks.first;
+      blind_groups += seen.first == seen.end && blocks.first < blocks.end;
+    }
+    expect(first >= end ? blocks.first == blocks.end : first == blocks.first && end == blocks.end,
+           CASE ": blocks of tile %d that no group sees", ARGS, tile);
+  }
+}
+
 template <int kM, int kN, MaskKind kMask>
 void check_both(Visibility<kMask> const& m) {
   check_blocks<kM, kN, false>(m);
@@ -173,6 +208,17 @@ int main() {
       for (int left : {0, 1, 3, 9, 30, kUnlimited})
         for (int right : {0, 1, 4, 11, 30, kUnlimited})
           check_rows(Visibility<MaskKind::kLocal>{sq, sk, left, right});
+      auto const check_tiles = [](auto const& m) {
+        check_groups<3, 4, 8>(m);
+        check_groups<2, 4, 8>(m);
+        check_groups<2, 4, 6>(m);
+        check_groups<2, 4, 4>(m);
+      };
+      check_tiles(Visibility<MaskKind::kNone>{sq, sk, 0, 0});
+      check_tiles(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
+      for (int left : {0, 1, 3, 9, 30, kUnlimited})
+        for (int right : {0, 1, 4, 11, 30, kUnlimited})
+          check_tiles(Visibility<MaskKind::kLocal>{sq, sk, left, right});
       check_masks<8, 4>(sq, sk);
       check_masks<4, 8>(sq, sk);
       check_masks<4, 4>(sq, sk);
@@ -184,6 +230,9 @@ int main() {
       check_both<128, 64>(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
       check_both<64, 128>(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
       check_both<128, 32>(Visibility<MaskKind::kNone>{sq, sk, 0, 0});
+      check_groups<3, 64, 128>(Visibility<MaskKind::kCausal>{sq, sk, 0, 0});
+      check_groups<2, 64, 96>(Visibility<MaskKind::kLocal>{sq, sk, 30, 9});
+      check_groups<2, 64, 64>(Visibility<MaskKind::kLocal>{sq, sk, 0, 0});
     }
   // Lengths near 2^30: nothing overflows, and the first and last blocks are what they are for short ones.
   constexpr int kLong = 1 << 30;
@@ -204,6 +253,11 @@ int main() {
   expect(half_steps_found > 0, "no half step was found");
   std::printf("%ld of %ld hidden halves of visited blocks left out\n", left_out, hidden_halves);
   expect(left_out > 0 && left_out <= hidden_halves, "no hidden half is left out");
+  std::printf(
+      "groups pass over %ld blocks on the right, %ld on the left; %ld are blind, %ld empty\n",
+      passed_right, passed_left, blind_groups, groups_without_rows);
+  expect(passed_right > 0 && passed_left > 0 && blind_groups > 0 && groups_without_rows > 0,
+         "some group's blocks are never fewer than its tile's");
   std::printf("visited %ld blocks, %ld without a visible pair, %ld unmasked of %ld possible\n",
               visited, empty, unmasked, could_be_unmasked);
   expect(small_empty == 0, "%ld blocks visited for nothing", small_empty);
