@@ -1,8 +1,9 @@
 """Time what each feature costs against plain attention, side by side on one GPU.
 
 Without arguments: bf16, 16k tokens, hidden size 2048, head dimensions 64 and 128: sliding window,
-ALiBi, softcap, dropout (also against torch's) and variable length, each with its target. Prints a
-table and writes JSON. A missed target is reported; it does not change the exit code.
+ALiBi, softcap, dropout (also against torch's) and variable length, each with its targets. Where
+sm90's forward kernels serve, sm80's are timed beside them. Prints a table and writes JSON. A missed
+target is reported; it does not change the exit code.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from bench import ClockLog, command_line, device_times, environment
 from bench_fwd_bwd import Attend, make_inputs, timed_calls
+from bench_smem import sm80_alone
 from report import mask_name, write_json
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,17 +36,20 @@ SOFTCAP = 50.0
 DROPOUT = 0.1
 SHORTEST, LONGEST = 64, 8192  # of the sequences with different lengths
 MIXED_TOKENS = 4  # times --tokens: their total
-COLUMNS = ("head_dim", "pass", "mask", "feature", "ms", "plain ms", "torch ms", "ratio", "target")
-LINE = "{:>8} {:4} {:6} {:14} {:>8} {:>8} {:>8} {:>6} {:>6}  {}"
+COLUMNS = (
+    *("head_dim", "pass", "mask", "feature", "ms", "plain ms", "torch ms", "sm80 ms"),
+    *("ratio", "target"),
+)
+LINE = "{:>8} {:4} {:6} {:14} {:>8} {:>8} {:>8} {:>8} {:>6} {:>6}  {}"
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One attention and what it may cost: `target` times its share of the plain attention's time."""
+    """One attention and what it may cost: a target times its share of the plain attention's time."""
 
     name: str
     attend: Attend
-    target: float
+    targets: dict[str, float]  # by pass
     share: float = 1.0  # its visible pairs of query and key, of the plain attention's
     torch: Attend | None = None  # torch's counterpart, than which ours should not be slower
 
@@ -107,6 +112,11 @@ def with_options(**options: object) -> Attend:
     return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal, **options)
 
 
+def targets(fwd: float, bwd: float) -> dict[str, float]:
+    """Targets by pass."""
+    return {"fwd": fwd, "bwd": bwd}
+
+
 plain = with_options()  # what the features are compared with
 
 
@@ -136,36 +146,72 @@ def groups(args: argparse.Namespace, head_dim: int, device: str = "cuda") -> Ite
     slopes = torch.tensor(get_alibi_slopes(args.hidden // head_dim), device=device)
     share = visible_pairs(tokens, True, WINDOW[0]) / visible_pairs(tokens, True)
     window = with_options(window_size=WINDOW)
-    yield Group(1, tokens, True, [Feature("window 1024", window, 1.3, share)])
+    yield Group(1, tokens, True, [Feature("window 1024", window, targets(1.35, 1.3), share)])
     features = [
-        Feature("alibi", with_options(alibi_slopes=slopes), 1.25),
-        Feature("softcap 50", with_options(softcap=SOFTCAP), 1.25),
-        Feature("dropout 0.1", with_options(dropout_p=DROPOUT), 1.35, torch=torch_dropout),
+        Feature("alibi", with_options(alibi_slopes=slopes), targets(1.25, 1.25)),
+        Feature("softcap 50", with_options(softcap=SOFTCAP), targets(1.25, 1.25)),
+        Feature(
+            "dropout 0.1", with_options(dropout_p=DROPOUT), targets(1.5, 1.35), torch=torch_dropout
+        ),
     ]
     yield Group(tokens // seqlen, seqlen, True, features)
     equal = varlen([seqlen] * (tokens // seqlen), device)
     lengths = log_uniform_lengths(MIXED_TOKENS * tokens, args.seed)
     mixed, batch = varlen(lengths, device), MIXED_TOKENS * tokens // seqlen
     for causal in (False, True):
-        yield Group(tokens // seqlen, seqlen, causal, [Feature("varlen equal", equal, 1.05)])
+        same = Feature("varlen equal", equal, targets(1.05, 1.05))
+        yield Group(tokens // seqlen, seqlen, causal, [same])
         share = sum(visible_pairs(n, causal) for n in lengths)
         share /= batch * visible_pairs(seqlen, causal)
-        # At least 85 % of the FLOP rate.
-        yield Group(batch, seqlen, causal, [Feature("varlen mixed", mixed, 1 / 0.85, share)])
+        # Backward: at least 85 % of the FLOP rate.
+        mix = Feature("varlen mixed", mixed, targets(1.15, 1 / 0.85), share)
+        yield Group(batch, seqlen, causal, [mix])
 
 
-def make_row(feature: Feature, ms: float, plain_ms: float, torch_ms: float | None) -> dict:
-    """One feature's figures; `ratio` is the time over the feature's share of the plain time."""
-    ratio = ms / (feature.share * plain_ms)
-    met = ratio <= feature.target and (torch_ms is None or ms <= torch_ms)
-    row = {"name": feature.name, "median_ms": ms, "reference_ms": plain_ms, "torch_ms": torch_ms}
-    return {**row, "share": feature.share, "ratio": ratio, "target": feature.target, "met": met}
+def make_row(feature: Feature, direction: str, times: dict[str, float]) -> dict[str, Any]:
+    """One feature's figures; `ratio` is the time over the feature's share of the plain time.
+
+    times: milliseconds of the feature, of "plain", and where they were measured of "torch NAME" and
+    "sm80 NAME", than which the feature must not be slower.
+    """
+    ms, plain_ms = times[feature.name], times["plain"]
+    torch_ms, sm80_ms = (times.get(f"{other} {feature.name}") for other in ("torch", "sm80"))
+    ratio, target = ms / (feature.share * plain_ms), feature.targets[direction]
+    met = ratio <= target and all(other is None or ms <= other for other in (torch_ms, sm80_ms))
+    row = {"name": feature.name, "median_ms": ms, "reference_ms": plain_ms}
+    row |= {"torch_ms": torch_ms, "sm80_ms": sm80_ms}
+    return {**row, "share": feature.share, "ratio": ratio, "target": target, "met": met}
+
+
+def on_sm80(attend: Attend) -> Attend:
+    """The same call on sm80's kernels."""
+
+    def attend_pinned(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        import flash_attn_2_cuda as extension
+
+        with sm80_alone(extension):
+            return attend(q, k, v, causal)
+
+    return attend_pinned
+
+
+def has_sm90_forward() -> bool:
+    """Whether this GPU's forward passes run on sm90's kernels."""
+    import flash_attn_2_cuda as extension
+
+    built = {kernel["isa"] for kernel in extension.build_info()["kernels"]}
+    return torch.cuda.get_device_capability() == (9, 0) and "sm90" in built
 
 
 def measure(
-    group: Group, head_dim: int, direction: str, args: argparse.Namespace, device: str = "cuda"
+    group: Group,
+    head_dim: int,
+    direction: str,
+    args: argparse.Namespace,
+    with_sm80: bool = False,
+    device: str = "cuda",
 ) -> list[dict[str, Any]]:
-    """Time a group; a row for each of its features."""
+    """Time a group; a row for each of its features.  with_sm80: beside sm80's kernels."""
     size = (group.batch, group.seqlen, args.hidden // head_dim, head_dim)
     inputs = make_inputs(size, torch.bfloat16, args.seed, device)
     providers = {"plain": plain}
@@ -173,6 +219,8 @@ def measure(
         providers[feature.name] = feature.attend
         if feature.torch:
             providers[f"torch {feature.name}"] = feature.torch
+        if with_sm80:
+            providers[f"sm80 {feature.name}"] = on_sm80(feature.attend)
     results: dict[str, list[Tensor]] = {name: [] for name in providers}
     if direction == "bwd":
         results = {name: [f(*inputs[:3], group.causal)] for name, f in providers.items()}
@@ -180,15 +228,12 @@ def measure(
     times = {n: t.median_ms for n, t in device_times(calls, TARGET_SECONDS, args.repeats).items()}
     cell = {"head_dim": head_dim, "pass": direction, "causal": group.causal}
     cell |= {"batch": group.batch, "seqlen": group.seqlen}
-    return [
-        {**cell, **make_row(f, times[f.name], times["plain"], times.get(f"torch {f.name}"))}
-        for f in group.features
-    ]
+    return [{**cell, **make_row(feature, direction, times)} for feature in group.features]
 
 
 def row_line(row: dict[str, Any]) -> str:
     """One line of the table."""
-    times = (row["median_ms"], row["reference_ms"], row["torch_ms"])
+    times = (row["median_ms"], row["reference_ms"], row["torch_ms"], row["sm80_ms"])
     return LINE.format(
         *(row["head_dim"], row["pass"], mask_name(row["causal"]), row["name"]),
         *("-" if ms is None else f"{ms:.3f}" for ms in times),
@@ -211,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
         for head_dim in args.head_dims:
             for group in groups(args, head_dim):
                 for direction in ("fwd", "bwd"):
-                    found = measure(group, head_dim, direction, args)
+                    with_sm80 = direction == "fwd" and has_sm90_forward()
+                    found = measure(group, head_dim, direction, args, with_sm80)
                     print(*map(row_line, found), sep="\n", flush=True)
                     rows += found
     facts["clocks"] = clocks.summary()

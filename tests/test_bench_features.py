@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench
 import bench_features
-from bench_features import SHORTEST, Feature, make_row, visible_pairs
+from bench_features import SHORTEST, Feature, make_row, targets, visible_pairs
 
 SMALL = ["--tokens", "128", "--seqlen", "64", "--hidden", "32", "--head-dims", "16"]
 
@@ -93,24 +94,41 @@ def test_lengths_are_log_uniform():
 
 
 def test_row_compares_the_time_with_its_share_and_with_torch():
-    window = Feature("window", bench_features.plain, target=1.3, share=0.125)
-    row = make_row(window, ms=0.5, plain_ms=3.2, torch_ms=None)
+    window = Feature("window", bench_features.plain, targets(1.3, 1.2), share=0.125)
+    row = make_row(window, "fwd", {"window": 0.5, "plain": 3.2})
     assert row["ratio"] == pytest.approx(1.25) and row["met"]
-    assert not make_row(window, ms=0.5, plain_ms=3.0, torch_ms=None)["met"]
-    dropout = Feature("dropout", bench_features.plain, target=1.35)
-    assert make_row(dropout, ms=1.3, plain_ms=1.0, torch_ms=1.3)["met"]
-    assert not make_row(dropout, ms=1.3, plain_ms=1.0, torch_ms=1.2)["met"]
-    assert not make_row(dropout, ms=1.4, plain_ms=1.0, torch_ms=2.0)["met"]
+    assert not make_row(window, "fwd", {"window": 0.5, "plain": 3.0})["met"]
+    assert not make_row(window, "bwd", {"window": 0.5, "plain": 3.2})["met"]
+    dropout = Feature("dropout", bench_features.plain, targets(1.35, 1.35))
+    for other in ("torch", "sm80"):
+        times = {"dropout": 1.3, "plain": 1.0, f"{other} dropout": 1.3}
+        assert make_row(dropout, "fwd", times)["met"]
+        assert not make_row(dropout, "fwd", {**times, f"{other} dropout": 1.2})["met"]
+        slow = {**times, "dropout": 1.4, f"{other} dropout": 2.0}
+        assert not make_row(dropout, "fwd", slow)["met"]
+
+
+def test_the_call_on_sm80_is_pinned_and_released(monkeypatch):
+    pins, seen = ["sm90"], []
+    extension = ModuleType("flash_attn_2_cuda")
+    extension.build_info = lambda: {"isa": pins[-1]}
+    extension.pin_isa = pins.append
+    monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", extension)
+    attend = bench_features.on_sm80(lambda q, k, v, causal: seen.append(pins[-1]))
+    attend(None, None, None, True)
+    assert seen == ["sm80"] and pins[-1] == "sm90"
 
 
 def test_lines_are_aligned_and_name_a_missed_target():
-    feature = Feature("dropout 0.1", bench_features.plain, 1.35)
+    feature = Feature("dropout 0.1", bench_features.plain, targets(1.5, 1.35))
     shape = {"head_dim": 64, "pass": "bwd", "causal": True}
-    met = bench_features.row_line({**shape, **make_row(feature, 1.0, 1.0, None)})
-    missed = bench_features.row_line({**shape, **make_row(feature, 10.0, 1.0, 9.0)})
+    times = {"dropout 0.1": 1.0, "plain": 1.0}
+    met = bench_features.row_line({**shape, **make_row(feature, "bwd", times)})
+    slow = {"dropout 0.1": 10.0, "plain": 1.0, "torch dropout 0.1": 9.0}
+    missed = bench_features.row_line({**shape, **make_row(feature, "bwd", slow)})
     head = bench_features.LINE.format(*bench_features.COLUMNS, "").rstrip()
     assert len(head) == len(met) == missed.index("MISSED") - 2
-    assert met.split() == "64 bwd causal dropout 0.1 1.000 1.000 - 1.000 1.350".split()
+    assert met.split() == "64 bwd causal dropout 0.1 1.000 1.000 - - 1.000 1.350".split()
 
 
 def test_varlen_of_one_length_is_the_dense_attention():
@@ -124,7 +142,7 @@ def test_every_group_runs_and_gives_a_row_per_feature(no_gpu_needed, direction):
     args = bench_features.parse_args(SMALL)
     rows = []
     for group in bench_features.groups(args, 16, "cpu"):
-        rows += bench_features.measure(group, 16, direction, args, "cpu")
+        rows += bench_features.measure(group, 16, direction, args, device="cpu")
     assert len(rows) == 8
     assert {row["pass"] for row in rows} == {direction}
     assert [row["name"] for row in rows if row["torch_ms"] is not None] == ["dropout 0.1"]

@@ -1,6 +1,6 @@
 #pragma once
 // Kernels that begin while the one before them on the stream ends (programmatic dependent launch, sm_90; nothing before that).
-// Used by: kv_update, decode_kernel, and the backward's kernels after the first: their launches say Start::kOverlapped.
+// Used by: kv_update, decode_kernel, sm90's forward, and the backward's kernels after the first: their launches say Start::kOverlapped.
 #include <cute/config.hpp>
 
 namespace flash {
