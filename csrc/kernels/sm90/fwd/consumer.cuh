@@ -280,6 +280,7 @@ struct Consumer {
         for (int i = 0; i < stages; ++i) {
       auto const stage = stage_ring.take();
       wait_for(stage);  // PROTECTS: each use of a stage is released once.
+      __syncwarp();     // PROTECTS: no lane still waits for a use that this warp has released.
       release(stage);
     }
   }

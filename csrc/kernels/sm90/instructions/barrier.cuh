@@ -7,19 +7,21 @@
 
 namespace flash::sm90 {
 
-// Compiled with FLASH_SM90_SHAKE, each warp sleeps now and then, for a time of its own, before it waits or arrives, and a wait that has
-// not ended after some seconds ends the kernel with an error.  So a wait that is missing, or one that never ends, is found by the tests.
+// Compiled with FLASH_SM90_SHAKE, each warp sleeps now and then, for a time of its own, before it waits, and a wait that has not ended after
+// some seconds ends the kernel with an error.  So the tests find a wait that is missing, or one that never ends.
 #ifdef FLASH_SM90_SHAKE
 constexpr bool kShakes = true;
 #else
 constexpr bool kShakes = false;
 #endif
 
+// Called by a whole warp.
 CUTE_DEVICE void shake() {
   constexpr uint32_t kMostNs = 4095, kOneIn = 4;
   uint32_t const draw = (uint32_t(clock()) ^ blockIdx.x * 7919u ^ threadIdx.x / 32 * 104729u) *
                         2654435761u;  // a warp's own, by multiplicative hashing
   if ((draw >> 8) % kOneIn == 0) { __nanosleep(draw >> 16 & kMostNs); }
+  __syncwarp();
 }
 
 CUTE_DEVICE void wait_or_trap(uint64_t& barrier, uint32_t parity) {
@@ -28,6 +30,7 @@ CUTE_DEVICE void wait_or_trap(uint64_t& barrier, uint32_t parity) {
   while (!cutlass::arch::ClusterBarrier::try_wait(&barrier, parity)) {
     if (clock64() - begin > kMostCycles) { __trap(); }
   }
+  __syncwarp();
 }
 
 // Until the phase of this parity is complete.
@@ -42,7 +45,6 @@ CUTE_DEVICE void wait(uint64_t& barrier, uint32_t parity) {
 }
 
 CUTE_DEVICE void arrive(uint64_t& barrier) {
-  if constexpr (kShakes) { shake(); }
   keep_order();
   cutlass::arch::ClusterBarrier::arrive(&barrier);
 }
