@@ -43,7 +43,7 @@ def tiles(*, is_general: bool) -> dict[int, Tile]:
     names = ("groups", "block_n", "stages", "q_buffers", "q_in_registers")
     fields = r",\s*".join(rf"\.{name}\s*= ([^,}}]+)" for name in names)
     found = re.findall(
-        r"(?:case (\d+)|default):[^\n]*\s+return \{" + fields + r"\};", TABLE.read_text()
+        r"(?:case (\d+)|default):[^\n]*\s+return \{\s*" + fields + r"\};", TABLE.read_text()
     )
     rows = {int(row[0] or 256): [value(text) for text in row[1:]] for row in found}
     return {d: Tile(64 * g, n, s, q, bool(r)) for d, (g, n, s, q, r) in rows.items()}

@@ -7,7 +7,7 @@
 //
 // Blocks that only the tile's other rows see pass by.
 //
-// A tile's first product beside the last one of the tile before was tried: 3 to 6 % slower (docs/hopper.md).
+// A tile's first product beside the last one of the tile before was tried: no faster (docs/hopper.md).
 // Warpgroups are not kept in step: one's softmax fills the tensor cores' time with the other's products by itself.
 #include "pieces/compiler.cuh"
 #include "pieces/mask.cuh"
