@@ -38,8 +38,9 @@ struct Consumer {
         softmax(params_.problem.unit.scale_log2) {}
 
   CUTE_DEVICE void run() {
-    // Not while (take_job()): then ptxas takes the rings' places for numbers of a thread, and each product's address is moved to the
-    // uniform registers by itself: 43 of 611 instructions of a step at head dimension 128.
+    // take_job() stands at the loop's end.  In the loop's condition, it hid from ptxas that the rings' places are the same in all
+    // lanes.  Each product's address was then moved to a uniform register by an instruction of its own: 43 of a step's 611 at head
+    // dimension 128.
     bool more = take_job();
     while (more) {
       clear(tOrO);
@@ -101,7 +102,7 @@ struct Consumer {
     change_scores();
     if (block < left_end || block >= right_begin) { hide<Hidden::kBoth>(); }
     float shrink[2];
-    weigh(shrink);  // O is zero
+    weigh(shrink);  // not used: O is zero
     output().release();
     round_weights();
   }

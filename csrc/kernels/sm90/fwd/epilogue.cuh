@@ -1,6 +1,6 @@
 #pragma once
 // Output of a consumer warpgroup: O / sum through the place of its Q, LSE straight from registers.
-// Invariant: rows of other sequences and columns beyond head_dim are never written.
+// Invariant: rows of other sequences and columns beyond head_dim_v are never written.
 #include "pieces/address.cuh"
 #include "pieces/softmax.cuh"
 #include "sm90/fwd/traits.cuh"

@@ -14,8 +14,9 @@ struct Job {
   int head, head_kv;
   int row0;           // of the sequence: the tile's first one
   BlockRange blocks;  // that some group's rows see: they are loaded
-  BlockRange
-      seen[kGroups];  // by each group's rows: a part of blocks, empty where a group has no rows
+  // By each group's rows: a part of blocks.  A group that has no rows, or whose rows see no key, has an empty one at blocks.first: all
+  // blocks lie to its right, and it passes over them there.
+  BlockRange seen[kGroups];
 
   FLASH_HD bool sees_keys() const { return blocks.first < blocks.end; }
   template <MaskKind kMask>

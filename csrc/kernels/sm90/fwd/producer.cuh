@@ -45,7 +45,7 @@ struct Producer {
       number = int(gridDim.x) + __shfl_sync(~0u, ticket, 0);
     }
     publish({}, false);
-    let_next_kernel_start();
+    let_next_kernel_start();  // it waits by itself for what the consumers have yet to store
   }
 
  private:
