@@ -391,7 +391,7 @@ int main() {
   check_forward<8, 2>(3, draw);  // head dimension 64
   check_forward<7, 2>(2, draw), check_forward<5, 2>(2, draw);
   check_forward<4, 1>(2, draw), check_forward<5, 1>(2, draw);
-  check_forward<8, 2>(2, draw);  // and with more than masks
+  check_forward<8, 2>(2, draw);  // this and the next two are no tile's
   check_forward<2, 1>(2, draw), check_forward<3, 2>(3, draw);
   std::printf("groups passed over blocks on the right %d, left %d, both sides %d, all %d times\n",
               passed_right, passed_left, passed_both, passed_all);
