@@ -199,8 +199,10 @@ def has_sm90_forward() -> bool:
     """Whether this GPU's forward passes run on sm90's kernels."""
     import flash_attn_2_cuda as extension
 
-    built = {kernel["isa"] for kernel in extension.build_info()["kernels"]}
-    return torch.cuda.get_device_capability() == (9, 0) and "sm90" in built
+    info = extension.build_info()
+    built = {isa for isa, direction, *_ in info["kernels"] if direction == "fwd"}
+    is_allowed = info["isa"] in ("", "sm90")
+    return torch.cuda.get_device_capability() == (9, 0) and "sm90" in built and is_allowed
 
 
 def measure(

@@ -286,8 +286,9 @@ def refuse_gradient_of_own_head_dim(
         raise RuntimeError(
             f"{function}: on CUDA there are no gradients where v has a head_dim of its own, as the"
             f" backward kernels for it are missing; got head_dim {v.shape[-1]} of v and"
-            f" {q.shape[-1]} of q and k, and a tensor that requires a gradient. Call it under"
-            " torch.no_grad(), or pad v with zeros to q's head_dim and cut out to v's"
+            f" {q.shape[-1]} of q and k (multiples of 8), and a tensor that requires a gradient. Call"
+            " it under torch.no_grad(), or pad the narrower ones with zeros: v, and cut out, or q and"
+            " k, with softmax_scale given"
         )
 
 

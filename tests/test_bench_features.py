@@ -137,6 +137,23 @@ def test_varlen_of_one_length_is_the_dense_attention():
     torch.testing.assert_close(out, bench_features.plain(q, k, v, True))
 
 
+@pytest.mark.parametrize(
+    "capability, isa, kernels, expected",
+    [
+        ((9, 0), "", [("sm90", "fwd", 64, 64, "bf16"), ("sm80", "bwd", 64, 64, "bf16")], True),
+        ((9, 0), "sm80", [("sm90", "fwd", 64, 64, "bf16")], False),
+        ((9, 0), "", [("sm80", "fwd", 64, 64, "bf16"), ("sm90", "bwd", 64, 64, "bf16")], False),
+        ((8, 9), "", [("sm90", "fwd", 64, 64, "bf16")], False),
+    ],
+)
+def test_sm80_is_timed_where_sm90_serves(monkeypatch, capability, isa, kernels, expected):
+    extension = ModuleType("flash_attn_2_cuda")
+    extension.build_info = lambda: {"isa": isa, "kernels": kernels}
+    monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", extension)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert bench_features.has_sm90_forward() == expected
+
+
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_every_group_runs_and_gives_a_row_per_feature(no_gpu_needed, direction):
     args = bench_features.parse_args(SMALL)

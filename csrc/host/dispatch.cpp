@@ -65,12 +65,13 @@ Status nothing_serves_v(Entry<Params> const* const* entries, Problem const& prob
       "no kernel for head_dim %d of q and k with head_dim %d of v, %s, serves this call on this "
       "GPU: where they differ there are sm90's kernels alone, for the forward pass on GPUs of "
       "compute capability 9.0, q's head_dim %s (built: %s; head_dim %s; dtype %s; allowed by "
-      "FLASH_ATTN_ISA: %s)",
+      "FLASH_ATTN_ISA: %s%s)",
       problem.head_dim, problem.head_dim_v, name_of(problem.dtype), value_head_dims().c_str(),
       list_of(entries, [](auto const& entry) { return name_of(entry.isa); }).c_str(),
       list_of(entries, [](auto const& entry) { return head_dims_of(entry); }).c_str(),
       list_of(entries, [](auto const& entry) { return name_of(entry.dtype); }).c_str(),
-      *pinned_isa() ? pinned_isa() : "all");
+      *pinned_isa() ? pinned_isa() : "all",
+      is_smem_lowered() ? "; FLASH_ATTN_TEST_SMEM_KB keeps calls to sm80" : "");
 }
 
 // Why no entry serves.

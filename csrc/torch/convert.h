@@ -22,6 +22,12 @@ inline at::Tensor aligned(at::Tensor const& tensor) {
   return is_aligned(tensor) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
+// Rows that are the same or overlap (expanded, as_strided) are copied.
+inline at::Tensor with_rows_apart(at::Tensor const& tensor) {
+  bool const overlap = tensor.size(-3) > 1 && tensor.stride(-3) < tensor.size(-1);
+  return overlap ? tensor.clone(at::MemoryFormat::Contiguous) : tensor;
+}
+
 // On like's device, contiguous.  Without the dispatcher, and not filled even where torch.utils.deterministic asks for it: every
 // element is written.
 inline at::Tensor new_tensor(at::IntArrayRef shape, at::ScalarType dtype, at::Tensor const& like) {

@@ -19,9 +19,12 @@ std::tuple<at::Tensor, at::Tensor> attend(at::Tensor const& q_in, at::Tensor con
   check_qkv(q_in, k_in, v_in, lengths ? 3 : 4);
   c10::cuda::CUDAGuard const guard(q_in.device());
   // The kernels' running maximum needs a positive scale: a negative one moves its sign into Q.
-  at::Tensor const q = aligned(options.softmax_scale < 0 ? q_in.neg() : q_in), k = aligned(k_in),
-                   v = aligned(v_in);
-
+  at::Tensor q = aligned(options.softmax_scale < 0 ? q_in.neg() : q_in), k = aligned(k_in),
+             v = aligned(v_in);
+  if (v.size(-1) !=
+      q.size(-1)) {  // sm90 alone has kernels: nothing else takes what TMA cannot address
+    q = with_rows_apart(q), k = with_rows_apart(k), v = with_rows_apart(v);
+  }
   at::Tensor out = new_out(q, v), lse = new_lse(q);
   FwdParams params{make_problem(q, k, lengths, options),
                    ref(q),

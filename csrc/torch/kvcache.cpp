@@ -183,8 +183,8 @@ struct CacheCall {
   int64_t num_splits;
 };
 
-// A call that nothing refuses any more, with its results and all memory that it needs.  Of the attention that serves it, forward and
-// decode, there is one, or none for rows that see no key.
+// A call that nothing refuses any more, with its results and the workspace that its plan asks for.  Of forward and decode it has the one
+// that serves it, or none for rows that see no key.
 struct Attention {
   at::Tensor out, lse;
   std::optional<FwdParams> forward;

@@ -49,6 +49,12 @@ struct Producer {
   }
 
  private:
+  // A lane that fell behind the others by two phases would wait for one that has passed: each wait is the whole warp's.
+  CUTE_DEVICE static void wait_together(uint64_t& barrier, uint32_t parity) {
+    wait(barrier, parity);
+    __syncwarp();
+  }
+
   // In the order in which the consumers need them.
   CUTE_DEVICE void load(TileJob const& job) {
     auto const q   = q_ring.take();
@@ -66,8 +72,8 @@ struct Producer {
 
   CUTE_DEVICE void load_q(TileJob const& job, RingPlace<Traits::kQBuffers> const& place,
                           int group) {
-    wait(smem.q_empty[place.index][group],
-         place.empty_parity());  // PROTECTS: O was stored from it.
+    // PROTECTS: O was stored from it.
+    wait_together(smem.q_empty[place.index][group], place.empty_parity());
     if (lane == 0) {
       uint64_t& full = smem.q_full[place.index][group];
       arrive_expecting(full, Traits::kQSize * sizeof(Element));
@@ -113,8 +119,8 @@ struct Producer {
 
   CUTE_DEVICE RingPlace<Traits::kStages> free_stage() {
     auto const stage = stage_ring.take();
-    wait(smem.stage_empty[stage.index],
-         stage.empty_parity());  // PROTECTS: its last block was read.
+    // PROTECTS: its last block was read.
+    wait_together(smem.stage_empty[stage.index], stage.empty_parity());
     return stage;
   }
 
@@ -148,7 +154,8 @@ struct Producer {
 
   CUTE_DEVICE void publish(TileJob const& job, bool is_job) {
     auto const place = job_ring.take();
-    wait(smem.job_empty[place.index], place.empty_parity());  // PROTECTS: its last job was stored.
+    // PROTECTS: its last job was stored.
+    wait_together(smem.job_empty[place.index], place.empty_parity());
     if (lane == 0) {
       smem.jobs[place.index] = job, smem.is_job[place.index] = is_job;
       if constexpr (Traits::kLevel != Level::kPlain) {
