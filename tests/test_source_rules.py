@@ -149,7 +149,7 @@ def test_names_of_tests_say_what_they_test() -> None:
 
 def test_no_machine_paths() -> None:
     texts = [p for p in ROOT.glob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES]
-    for folder in (*PYTHON_FOLDERS, "docs", ".ci"):
+    for folder in (*PYTHON_FOLDERS, "docs", ".ci", ".github"):
         texts += [p for p in (ROOT / folder).rglob("*") if p.suffix in TEXT_SUFFIXES]
     texts += [ROOT / "Makefile", ROOT / ".ci" / "run", *CPP, *CPP_TESTS, *PYTHON]
     texts = [p for p in texts if p.is_file() and not p.is_relative_to(ROOT / "third_party/cutlass")]
