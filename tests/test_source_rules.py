@@ -14,7 +14,8 @@ from third_party.fetch_cutlass import find_cutlass
 ROOT = Path(__file__).resolve().parents[1]
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cuh", ".cu"})
 CPP_TESTS = sorted(p for p in (ROOT / "tests").rglob("*") if p.suffix in {".h", ".cpp"})
-PYTHON_FOLDERS = ("flash_attn", "csrc", "third_party", "tests", "benchmarks", "examples")
+CPP_STUDIES = sorted(p for p in (ROOT / "studies").rglob("*") if p.suffix in {".h", ".cuh", ".cu"})
+PYTHON_FOLDERS = ("flash_attn", "csrc", "third_party", "tests", "benchmarks", "studies", "examples")
 PYTHON = [ROOT / "setup.py"]
 PYTHON += [
     p
@@ -128,12 +129,12 @@ def test_choices_by_head_dimension_stand_in_the_tables(path: Path) -> None:
     assert path.name in tables or not head_dim_comparisons(path.read_text())
 
 
-@pytest.mark.parametrize("path", CPP, ids=_id)
+@pytest.mark.parametrize("path", [*CPP, *CPP_STUDIES], ids=_id)
 def test_file_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAXIMUM_LINES
 
 
-@pytest.mark.parametrize("path", CPP, ids=_id)
+@pytest.mark.parametrize("path", [*CPP, *CPP_STUDIES], ids=_id)
 def test_nothing_prints_or_exits(path: Path) -> None:
     assert not prints(path.read_text())
 
@@ -151,7 +152,7 @@ def test_no_machine_paths() -> None:
     texts = [p for p in ROOT.glob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES]
     for folder in (*PYTHON_FOLDERS, "docs", ".ci"):
         texts += [p for p in (ROOT / folder).rglob("*") if p.suffix in TEXT_SUFFIXES]
-    texts += [ROOT / "Makefile", ROOT / ".ci" / "run", *CPP, *CPP_TESTS, *PYTHON]
+    texts += [ROOT / "Makefile", ROOT / ".ci" / "run", *CPP, *CPP_TESTS, *CPP_STUDIES, *PYTHON]
     texts = [p for p in texts if p.is_file() and not p.is_relative_to(ROOT / "third_party/cutlass")]
     found = {_id(p): machine_paths(p.read_text()) for p in texts}
     assert not {name: paths for name, paths in found.items() if paths}
@@ -217,7 +218,7 @@ def _tool(name: str) -> str:
 
 
 def test_cpp_is_formatted() -> None:
-    files = [str(p) for p in (*CPP, *CPP_TESTS)]
+    files = [str(p) for p in (*CPP, *CPP_TESTS, *CPP_STUDIES)]
     command = [_tool("clang-format"), "--dry-run", "--Werror", *files]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, f"make format\n{result.stderr[:3000]}"

@@ -17,9 +17,9 @@ from . import ROOT
 from .variants import HEAD_DIMS, MAPPINGS, BackwardVariant, factors, ladder
 
 DOCS = ROOT / "docs" / "parallelism.md"
-RESULTS = ROOT / "benchmarks" / "results"
-RESULT_FILE = "benchmarks/results/parallelism.json"
-PLOT_NAME = "parallelism_{}.png"
+RESULTS = ROOT / "studies" / "parallelism" / "results"
+RESULT_FILE = "studies/parallelism/results/parallelism.json"
+PLOT_NAME = "{}.png"
 SHOWN_SEQLENS = (512, 2048, 8192, 65536)
 SHOWN_PAIRS = (1, 4, 16, 64, 256)
 APART = 1.05  # a difference beyond noise
@@ -388,7 +388,7 @@ def block(name: str, result: Result) -> str:
     parts = [table.markdown() for table in make_tables(section)]
     if has_plot:
         file = PLOT_NAME.format(section_name)
-        parts.append(f"![{section_name}](../benchmarks/results/{file})")
+        parts.append(f"![{section_name}](../studies/parallelism/results/{file})")
     return "\n\n".join([*parts, *remarks(section), source_line(section)])
 
 

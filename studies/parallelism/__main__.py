@@ -1,9 +1,9 @@
 """Measures why the kernels are mapped to the GPU as they are, or shows what was measured.
 
-python3 -m benchmarks.parallelism                           build, check and measure everything (GPU)
-python3 -m benchmarks.parallelism --only mapping backward   these sections; the others keep their results
-python3 -m benchmarks.parallelism --show                    tables of the last run, no GPU
-python3 -m benchmarks.parallelism --show --docs --plots     and fills docs/parallelism.md, and draws
+python3 -m studies.parallelism                           build, check and measure everything (GPU)
+python3 -m studies.parallelism --only mapping backward   these sections; the others keep their results
+python3 -m studies.parallelism --show                    tables of the last run, no GPU
+python3 -m studies.parallelism --show --docs --plots     and fills docs/parallelism.md, and draws
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .report import RESULT_FILE, RESULTS, SECTIONS, text_report, update_docs
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python3 -m benchmarks.parallelism", description=__doc__.split("\n\n")[0]
+        prog="python3 -m studies.parallelism", description=__doc__.split("\n\n")[0]
     )
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def command_line(argv: list[str]) -> str:
     """The command as a reader would repeat it."""
     words = [PurePath(word).name if word.startswith("/") else word for word in argv]
-    return shlex.join(["python3", "-m", "benchmarks.parallelism", *words])
+    return shlex.join(["python3", "-m", "studies.parallelism", *words])
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def failures(library: Path, cases: Sequence[Case]) -> list[str | None]:
     """What each case gets wrong, None where nothing."""
     found: list[str | None] = []
     while len(found) < len(cases):
-        command = [sys.executable, "-m", "benchmarks.parallelism.check", str(library)]
+        command = [sys.executable, "-m", "studies.parallelism.check", str(library)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, cwd=ROOT,

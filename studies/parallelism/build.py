@@ -1,7 +1,7 @@
 """Compiles the variants into one shared library that knows no torch. Needs nvcc and CUTLASS, no GPU.
 
-python3 -m benchmarks.parallelism.build                       everything
-python3 -m benchmarks.parallelism.build keys_outside_hd64     objects of these units only
+python3 -m studies.parallelism.build                       everything
+python3 -m studies.parallelism.build keys_outside_hd64     objects of these units only
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #pragma once
-// The extension's own kernels behind the benchmark's seam.  Used by the units shipped_*.
+// The extension's own kernels behind the study's seam.  Used by the units shipped_*.
 #include "calls.h"
 #include "common/bwd_preprocess.h"
 #include "pieces/device_info.h"

@@ -1,5 +1,5 @@
 #pragma once
-// The seam of the benchmark: what Python fills in and the units read.  Used by every unit; mirrored by library.py.
+// The seam of the study: what Python fills in and the units read.  Used by every unit; mirrored by library.py.
 // Tensors are (batch, seqlen, heads, head_dim) of bf16, contiguous; queries and keys are equally many.
 #include <cuda_runtime_api.h>
 

@@ -172,5 +172,5 @@ class Profiler:
         options = ["--csv", "--print-units", "base", "--clock-control", "none"]
         options += ["--target-processes", "all", "--kernel-name-base", "function"]
         options += ["--kernel-name", names, "--metrics", ",".join(metrics)]
-        script = ["-m", "benchmarks.parallelism.profiled", str(self.library), str(file)]
+        script = ["-m", "studies.parallelism.profiled", str(self.library), str(file)]
         return [program, *options, sys.executable, *script]
