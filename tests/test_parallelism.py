@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from studies.parallelism import (  # noqa: E402
 )
 from studies.parallelism.formulas import Waves, row_splits  # noqa: E402
 from studies.parallelism.variants import BackwardVariant  # noqa: E402
-from third_party.fetch_cutlass import find_cutlass  # noqa: E402
+from third_party.fetch_cutlass import Cutlass, find_cutlass  # noqa: E402
 
 BLOCK_M, BLOCK_N = variants.FORWARD_BLOCK_M, variants.FORWARD_BLOCK_N
 ENVIRONMENT = {"device": "Some GPU", "torch": "2.11.0", "cuda": "13.0", "date": "2026-01-02"}
@@ -506,9 +507,7 @@ ONE_OF_EACH = """\
 #include <cstddef>
 
 #include "keys_outside.cuh"
-// (one per line: the last replaces threadIdx)
 #include "backward.cuh"
-// after the others
 #include "forward_mapping.cuh"
 using namespace parallelism;
 using Traits = FwdTraits<64, cutlass::bfloat16_t>;
@@ -562,6 +561,23 @@ def test_one_kernel_of_each_kind_compiles_without_spills(tmp_path):
     built = build.compile_unit("one_of_each", text, toolkit, cutlass, 90, tmp_path)
     assert len(built.kernels) == 4
     assert all(kernel.is_clean for kernel in built.kernels), built.kernels
+
+
+def test_kernels_include_nothing_of_csrc_and_nothing_is_left_over():
+    """The study has what it needs of the extension's kernels as of one commit: csrc may change."""
+    toolkit = build_config.Toolkit(Path("toolkit"), "13.0")
+    flags = build.compile_flags(toolkit, Cutlass(Path("cutlass"), "4.2.1"), 90)
+    folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
+    assert folders == [build.KERNELS, build.EXTENSION]
+    text = "".join(variants.units().values()) + "".join(p.read_text() for p in build.COMMON)
+    seen, pending = set(build.COMMON), [text]
+    while pending:
+        for name in re.findall(r'#include "([^"]+)"', pending.pop()):
+            path = next(f / name for f in folders if (f / name).is_file())
+            if path not in seen:
+                seen.add(path)
+                pending.append(path.read_text())
+    assert seen == set(build.headers())
 
 
 def test_extension_is_built_without_the_variants():

@@ -27,8 +27,9 @@ from . import ROOT
 from .variants import units
 
 KERNELS = Path(__file__).resolve().parent / "kernels"
+EXTENSION = KERNELS / "extension"  # the extension's kernels as of one commit; README.md says which
 FOLDER = ROOT / "build" / "parallelism"
-COMMON = ("csrc/kernels/common/bwd_preprocess.cu",)
+COMMON = (EXTENSION / "common" / "bwd_preprocess.cu",)
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,23 @@ class Built:
     seconds: float  # 0 when it was there already
 
 
-def _flags(toolkit: Toolkit, cutlass: Cutlass, arch: int) -> list[str]:
+def compile_flags(toolkit: Toolkit, cutlass: Cutlass, arch: int) -> list[str]:
+    """nvcc's words for every unit: the extension's, with the study's folders instead of csrc."""
     flags = [*build_config.nvcc_flags((arch,)), "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
-    return [*flags, f"-I{KERNELS}", *build_config.include_flags(cutlass.include, toolkit)]
+    ours = [f"-I{folder}" for folder in (KERNELS, EXTENSION)]  # nothing of csrc
+    others = (cutlass.include, toolkit.include, toolkit.include / "cccl")
+    return [*flags, *ours, *(word for folder in others for word in ("-isystem", str(folder)))]
 
 
-def _headers() -> list[Path]:
-    folders = (KERNELS, ROOT / "csrc")
-    return sorted(p for f in folders for p in f.rglob("*") if p.suffix in {".h", ".cuh", ".cu"})
+def headers() -> list[Path]:
+    """Every file that a unit may include."""
+    return sorted(p for p in KERNELS.rglob("*") if p.suffix in {".h", ".cuh", ".cu"})
 
 
 def _key(text: str, arch: int, version: str) -> str:
     """What an object depends on."""
     digest = hashlib.sha256(f"{text}\n{arch} {version} {bench_build.flags_hash()}".encode())
-    for path in _headers():
+    for path in headers():
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -69,7 +73,7 @@ def compile_unit(
         return Built(target, bench_build.parse_ptxas(log.read_text()), 0.0)
     source.write_text(text)
     partial = target.with_suffix(".part.o")
-    command = [str(toolkit.nvcc), *_flags(toolkit, cutlass, arch), "-c", str(source)]
+    command = [str(toolkit.nvcc), *compile_flags(toolkit, cutlass, arch), "-c", str(source)]
     start = time.perf_counter()
     result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
     if result.returncode:
@@ -85,7 +89,7 @@ def compile_units(names: Iterable[str], arch: int = 90) -> dict[str, Built]:
     if toolkit is None:
         raise BuildError("the variants need nvcc: set CUDA_HOME or put nvcc on PATH")
     cutlass = fetch_cutlass()
-    texts = units() | {Path(name).stem: (ROOT / name).read_text() for name in COMMON}
+    texts = units() | {path.stem: path.read_text() for path in COMMON}
     cpus, memory = build_config.available_cpus(), build_config.available_memory()
     limit = build_config.parse_max_jobs(os.environ.get("MAX_JOBS", ""))
     with ThreadPoolExecutor(build_config.compute_jobs(limit, cpus, memory)) as pool:
@@ -99,7 +103,7 @@ def compile_units(names: Iterable[str], arch: int = 90) -> dict[str, Built]:
 def build(arch: int = 90) -> tuple[Path, dict[str, object]]:
     """The library's path, and a record of its build."""
     start = time.perf_counter()
-    names = [*units(), *(Path(name).stem for name in COMMON)]
+    names = [*units(), *(path.stem for path in COMMON)]
     objects = compile_units(names, arch)
     toolkit = build_config.find_toolkit()
     key = hashlib.sha256(" ".join(o.path.name for o in objects.values()).encode()).hexdigest()

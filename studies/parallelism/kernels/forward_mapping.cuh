@@ -2,11 +2,8 @@
 // Forward kernels that differ in which thread block takes which tiles, and in nothing else.
 // Used by the units mapping_*.  What they do for a tile is the extension's own QueryTile.
 #include "calls.h"
-#include "pieces/tile_order.cuh"
-#include "sm80/fwd/traits.cuh"
-#include "thread_again.cuh"
-// After thread_again.cuh.
 #include "pieces/compiler.cuh"
+#include "pieces/tile_order.cuh"
 #include "sm80/fwd/kernel.cuh"
 
 namespace parallelism {
@@ -43,7 +40,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
                               reinterpret_cast<typename Traits::Element*>(smem_bytes));
 }
 
-// Several tiles per thread block, one after the other.
+// Several tiles per thread block, one after the other.  What depends on the thread is not kept across the main loop, as the main loop
+// makes the thread's index opaque (opaque_index).
 template <class Traits, MaskKind kMask>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     forward_walk_kernel(__grid_constant__ FwdParams const params,
