@@ -77,7 +77,16 @@ def machine_paths(text: str) -> list[str]:
     return re.findall(rf"(?<![\w.\-/$}})])/(?:{folders})/[\w.\-]+", text)
 
 
+def cited_pages(text: str) -> list[tuple[str, str]]:
+    """Pages of documentation that a text names, each with the section in quotes behind it, if any."""
+    return re.findall(r'\b((?:docs|csrc|benchmarks)/[\w/]+\.md)(?:, "([^"]+)")?', text)
+
+
 def test_rules_see_what_they_are_for() -> None:
+    assert cited_pages('(docs/a.md, "B c"), csrc/README.md') == [
+        ("docs/a.md", "B c"),
+        ("csrc/README.md", ""),
+    ]
     assert torch_includes("#include <torch/extension.h>\n") == ["torch/extension.h"]
     assert not torch_includes('#include "torch_like.h"\n')
     assert prints('printf("x");') and prints("std::cout << 1;") and prints("  exit(1);")
@@ -96,6 +105,13 @@ def test_rules_see_what_they_are_for() -> None:
     # Written in parts, so that this file follows the rule.
     assert machine_paths("see " + "/home" + "/someone/x") and machine_paths("'" + "/root" + "/x'")
     assert not machine_paths("csrc/torch/work/x https://x.org/home/y")
+
+
+@pytest.mark.parametrize("path", [*CPP, *CPP_STUDIES], ids=_id)
+def test_comments_cite_pages_and_sections_that_exist(path: Path) -> None:
+    for page, section in cited_pages(path.read_text()):
+        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert not section or section in headings, f"{page} has no section {section}"
 
 
 @pytest.mark.parametrize("path", CPP, ids=_id)

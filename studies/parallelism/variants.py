@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 HEAD_DIMS = (64, 128)
-FORWARD_BLOCK_M, FORWARD_BLOCK_N = 128, 64  # csrc/kernels/sm80/tile_config.h, both head dimensions
+FORWARD_BLOCK_M, FORWARD_BLOCK_N = 128, 64  # of both head dimensions, extension/sm80/tile_config.h
 MAX_SMEM_BYTES = 227 * 1024  # of a thread block on sm_90
 MAX_REGISTERS = 255
 
