@@ -69,12 +69,12 @@ lint: $(READY)
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
 	$(RUN) -m mypy
-	$(BIN)clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)clang-format --dry-run --Werror $$(find csrc tests studies -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 format: $(READY)
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
-	$(BIN)clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)clang-format -i $$(find csrc tests studies -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 clean:
 	rm -rf build dist *.egg-info *.so $(VENV)/.ready*

@@ -642,7 +642,7 @@ def test_head_dims_are_listed_once() -> None:
     """Other files import the list, or its C++ form."""
     listed = re.compile(r",\s*".join(map(str, kernel_list.HEAD_DIMS)))
     files = [ROOT / "setup.py"]
-    for folder in ("csrc", "flash_attn", "benchmarks", "tests"):
+    for folder in ("csrc", "flash_attn", "benchmarks", "studies", "tests"):
         files += [p for p in (ROOT / folder).rglob("*.*") if p.suffix in SOURCES]
     found = {p for p in files if listed.search(p.read_text())}
     assert found == {ROOT / "csrc" / "kernels" / "kernel_list.py", *LISTS}

@@ -1,10 +1,9 @@
-"""The parallelism benchmark without a GPU: formulas, version 1's rule, tables and page on made-up times, compiling."""
+"""The study of parallelism without a GPU: formulas, version 1's rule, tables and page on made-up times, compiling."""
 
 import ctypes
 import itertools
 import json
-import shutil
-import subprocess
+import re
 import sys
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.parallelism import __main__ as command  # noqa: E402
-from benchmarks.parallelism import (  # noqa: E402
+from csrc import build_config  # noqa: E402
+from studies.parallelism import __main__ as command  # noqa: E402
+from studies.parallelism import (  # noqa: E402
     build,
     check,
     formulas,
@@ -25,10 +25,9 @@ from benchmarks.parallelism import (  # noqa: E402
     report,
     variants,
 )
-from benchmarks.parallelism.formulas import Waves, row_splits  # noqa: E402
-from benchmarks.parallelism.variants import BackwardVariant  # noqa: E402
-from csrc import build_config  # noqa: E402
-from third_party.fetch_cutlass import find_cutlass  # noqa: E402
+from studies.parallelism.formulas import Waves, row_splits  # noqa: E402
+from studies.parallelism.variants import BackwardVariant  # noqa: E402
+from third_party.fetch_cutlass import Cutlass, find_cutlass  # noqa: E402
 
 BLOCK_M, BLOCK_N = variants.FORWARD_BLOCK_M, variants.FORWARD_BLOCK_N
 ENVIRONMENT = {"device": "Some GPU", "torch": "2.11.0", "cuda": "13.0", "date": "2026-01-02"}
@@ -427,7 +426,7 @@ def result():
         "training": {"peak_tflops": 989.0, "speeds": speeds},
         "memory": {"heads": 8, "head_dim": 128, "total_bytes": 2**37, "cells": memory},
     }
-    common = {"environment": ENVIRONMENT, "command": "python3 -m benchmarks.parallelism"}
+    common = {"environment": ENVIRONMENT, "command": "python3 -m studies.parallelism"}
     return {"build": None, "sections": {n: {**common, **s} for n, s in sections.items()}}
 
 
@@ -454,14 +453,14 @@ def test_page_is_filled_once_and_says_what_is_missing(result):
     assert "not measured yet" not in full
     assert report.filled(full, result) == full
     assert "Some GPU, torch 2.11.0, CUDA 13.0, 2026-01-02" in full
-    assert "![backward](../benchmarks/results/parallelism_backward.png)" in full
+    assert "![backward](../studies/parallelism/results/backward.png)" in full
     part = {"sections": {"memory": result["sections"]["memory"]}}
     assert report.filled(full, part).count("not measured yet") == len(report.BLOCKS) - 1
 
 
 def test_page_shows_the_committed_results():
     result = command.read_result(ROOT / report.RESULT_FILE)
-    assert report.update_docs(result, check=True), "python3 -m benchmarks.parallelism --show --docs"
+    assert report.update_docs(result, check=True), "python3 -m studies.parallelism --show --docs"
     page = report.DOCS.read_text(encoding="utf-8")
     for name in report.SECTIONS:
         file = report.PLOT_NAME.format(name)
@@ -477,7 +476,7 @@ def test_first_paragraph_answers_the_question():
 
 def test_plots_are_drawn_from_the_result_alone(result, tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks.parallelism import plots
+    from studies.parallelism import plots
 
     written = plots.draw(result, tmp_path)
     assert {p.name for p in written} == {report.PLOT_NAME.format(n) for n in plots.PLOTS}
@@ -493,7 +492,7 @@ def test_command_shows_a_result_without_a_gpu(result, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "keys outside" in shown.out and "persistent d64 full" in shown.err
     line = command.command_line(["--json", "/some/where/x.json", "--only", "memory"])
-    assert line == "python3 -m benchmarks.parallelism --json x.json --only memory"
+    assert line == "python3 -m studies.parallelism --json x.json --only memory"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -508,9 +507,7 @@ ONE_OF_EACH = """\
 #include <cstddef>
 
 #include "keys_outside.cuh"
-// (one per line: the last replaces threadIdx)
 #include "backward.cuh"
-// after the others
 #include "forward_mapping.cuh"
 using namespace parallelism;
 using Traits = FwdTraits<64, cutlass::bfloat16_t>;
@@ -566,14 +563,21 @@ def test_one_kernel_of_each_kind_compiles_without_spills(tmp_path):
     assert all(kernel.is_clean for kernel in built.kernels), built.kernels
 
 
-def test_kernels_are_formatted():
-    beside = Path(sys.executable).parent / "clang-format"
-    tool = str(beside) if beside.is_file() else shutil.which("clang-format")
-    if tool is None:
-        pytest.skip("needs clang-format")
-    files = [str(path) for path in sorted(build.KERNELS.iterdir())]
-    run = subprocess.run([tool, "--dry-run", "--Werror", *files], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[:3000]
+def test_kernels_include_nothing_of_csrc_and_nothing_is_left_over():
+    """The study has what it needs of the extension's kernels as of one commit: csrc may change."""
+    toolkit = build_config.Toolkit(Path("toolkit"), "13.0")
+    flags = build.compile_flags(toolkit, Cutlass(Path("cutlass"), "4.2.1"), 90)
+    folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
+    assert folders == [build.KERNELS, build.EXTENSION]
+    text = "".join(variants.units().values()) + "".join(p.read_text() for p in build.COMMON)
+    seen, pending = set(build.COMMON), [text]
+    while pending:
+        for name in re.findall(r'#include "([^"]+)"', pending.pop()):
+            path = next(f / name for f in folders if (f / name).is_file())
+            if path not in seen:
+                seen.add(path)
+                pending.append(path.read_text())
+    assert seen == set(build.headers())
 
 
 def test_extension_is_built_without_the_variants():

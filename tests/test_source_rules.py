@@ -14,7 +14,8 @@ from third_party.fetch_cutlass import find_cutlass
 ROOT = Path(__file__).resolve().parents[1]
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cuh", ".cu"})
 CPP_TESTS = sorted(p for p in (ROOT / "tests").rglob("*") if p.suffix in {".h", ".cpp"})
-PYTHON_FOLDERS = ("flash_attn", "csrc", "third_party", "tests", "benchmarks", "examples")
+CPP_STUDIES = sorted(p for p in (ROOT / "studies").rglob("*") if p.suffix in {".h", ".cuh", ".cu"})
+PYTHON_FOLDERS = ("flash_attn", "csrc", "third_party", "tests", "benchmarks", "studies", "examples")
 PYTHON = [ROOT / "setup.py"]
 PYTHON += [
     p
@@ -76,7 +77,16 @@ def machine_paths(text: str) -> list[str]:
     return re.findall(rf"(?<![\w.\-/$}})])/(?:{folders})/[\w.\-]+", text)
 
 
+def cited_pages(text: str) -> list[tuple[str, str]]:
+    """Pages of documentation that a text names, each with the section in quotes behind it, if any."""
+    return re.findall(r'\b((?:docs|csrc|benchmarks)/[\w/]+\.md)(?:, "([^"]+)")?', text)
+
+
 def test_rules_see_what_they_are_for() -> None:
+    assert cited_pages('(docs/a.md, "B c"), csrc/README.md') == [
+        ("docs/a.md", "B c"),
+        ("csrc/README.md", ""),
+    ]
     assert torch_includes("#include <torch/extension.h>\n") == ["torch/extension.h"]
     assert not torch_includes('#include "torch_like.h"\n')
     assert prints('printf("x");') and prints("std::cout << 1;") and prints("  exit(1);")
@@ -95,6 +105,13 @@ def test_rules_see_what_they_are_for() -> None:
     # Written in parts, so that this file follows the rule.
     assert machine_paths("see " + "/home" + "/someone/x") and machine_paths("'" + "/root" + "/x'")
     assert not machine_paths("csrc/torch/work/x https://x.org/home/y")
+
+
+@pytest.mark.parametrize("path", [*CPP, *CPP_STUDIES], ids=_id)
+def test_comments_cite_pages_and_sections_that_exist(path: Path) -> None:
+    for page, section in cited_pages(path.read_text()):
+        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert not section or section in headings, f"{page} has no section {section}"
 
 
 @pytest.mark.parametrize("path", CPP, ids=_id)
@@ -128,12 +145,12 @@ def test_choices_by_head_dimension_stand_in_the_tables(path: Path) -> None:
     assert path.name in tables or not head_dim_comparisons(path.read_text())
 
 
-@pytest.mark.parametrize("path", CPP, ids=_id)
+@pytest.mark.parametrize("path", [*CPP, *CPP_STUDIES], ids=_id)
 def test_file_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAXIMUM_LINES
 
 
-@pytest.mark.parametrize("path", CPP, ids=_id)
+@pytest.mark.parametrize("path", [*CPP, *CPP_STUDIES], ids=_id)
 def test_nothing_prints_or_exits(path: Path) -> None:
     assert not prints(path.read_text())
 
@@ -151,7 +168,7 @@ def test_no_machine_paths() -> None:
     texts = [p for p in ROOT.glob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES]
     for folder in (*PYTHON_FOLDERS, "docs", ".ci", ".github"):
         texts += [p for p in (ROOT / folder).rglob("*") if p.suffix in TEXT_SUFFIXES]
-    texts += [ROOT / "Makefile", ROOT / ".ci" / "run", *CPP, *CPP_TESTS, *PYTHON]
+    texts += [ROOT / "Makefile", ROOT / ".ci" / "run", *CPP, *CPP_TESTS, *CPP_STUDIES, *PYTHON]
     texts = [p for p in texts if p.is_file() and not p.is_relative_to(ROOT / "third_party/cutlass")]
     found = {_id(p): machine_paths(p.read_text()) for p in texts}
     assert not {name: paths for name, paths in found.items() if paths}
@@ -217,7 +234,7 @@ def _tool(name: str) -> str:
 
 
 def test_cpp_is_formatted() -> None:
-    files = [str(p) for p in (*CPP, *CPP_TESTS)]
+    files = [str(p) for p in (*CPP, *CPP_TESTS, *CPP_STUDIES)]
     command = [_tool("clang-format"), "--dry-run", "--Werror", *files]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, f"make format\n{result.stderr[:3000]}"

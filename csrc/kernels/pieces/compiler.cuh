@@ -1,7 +1,7 @@
 #pragma once
 // What talks the compiler into something: no function here computes anything that plain C++ would not.
 // Used by: the main loops and what they call.  Each says what it prevents, and what that is worth ("Price"): figures from
-// benchmarks/README.md, "Tiles", or the words "no figure" and where it was noticed.  Without a price, try first whether it may go.
+// docs/tuning.md, or the words "no figure" and where it was noticed.  Without a price, try first whether it may go.
 // Spills are what ptxas reports for sm_90a.
 #include <cute/tensor.hpp>
 

@@ -87,7 +87,7 @@ constexpr int kMergedParts = 16, kMergeRounds = 3;
 constexpr int kMostParts = kMergedParts * kMergedParts * kMergedParts;
 
 // Workers for one query tile: no more than are merged at once, unless their shares are longer by so many tiles as a second merge costs
-// (benchmarks/README.md, "Decoding").
+// (docs/tuning.md, "Decoding").
 FLASH_HD int workers_for_one(int tiles, int workers) {
   constexpr int kTilesOfMerge = 4;
   if (workers <= kMergedParts) { return workers; }
@@ -99,7 +99,7 @@ FLASH_HD int workers_for_one(int tiles, int workers) {
 
 // The same where clusters of 2^bits workers merge by themselves and their results, at most kMergedParts, are merged once more: whole
 // clusters, no more than have a tile each.  One cluster, unless its shares are longer by so many tiles as that merge costs: a tile of
-// 1x8k-16/1 takes 0.9 us longer than none, a merge about 2 us (benchmarks/README.md, "Decoding").
+// 1x8k-16/1 takes 0.9 us longer than none, a merge about 2 us (docs/tuning.md, "Decoding").
 FLASH_HD int workers_in_clusters(int tiles, int workers, int bits) {
   constexpr int kTilesOfMerge = 2;
   int const cluster = 1 << bits, length = (tiles + cluster - 1) >> bits;

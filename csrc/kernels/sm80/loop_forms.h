@@ -1,7 +1,7 @@
 #pragma once
 // How the loops of the sm80 kernels are written: every choice by head dimension, mask and level beside the tiles (tile_config.h).
 // Used by: the main loops of forward and backward.
-// Measurements: benchmarks/README.md, "Tiles".  "Spills" are ptxas' reports for sm_90a, and for sm_80 where that is said.
+// Measurements: docs/tuning.md.  "Spills" are ptxas' reports for sm_90a, and for sm_80 where that is said.
 #include "sm80/tile_config.h"
 
 namespace flash::sm80 {

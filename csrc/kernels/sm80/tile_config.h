@@ -1,7 +1,7 @@
 #pragma once
 // The tile table of the sm80 kernels: tile sizes by head dimension, shared memory and level.  How loops are written stands in loop_forms.h.
 // Read by kernels, host code and tests.  Main loops compare no head dimension: they ask one of these tables.
-// Measurements: benchmarks/README.md, "Tiles".  "Spills" are ptxas' reports for sm_90a.
+// Measurements: docs/tuning.md.  "Spills" are ptxas' reports for sm_90a.
 // Designated initialisers are C++20; gcc, clang and nvcc take them in C++17.
 #include "pieces/integers.cuh"
 #include "pieces/level.h"

@@ -1,5 +1,5 @@
 #pragma once
-// The tile table of the sm90 kernels.  Read by kernels, host code and tests.  Measurements: benchmarks/README.md, "Tiles".
+// The tile table of the sm90 kernels.  Read by kernels, host code and tests.  Measurements: docs/hopper.md, "Tiles".
 // Designated initialisers are C++20; gcc, clang and nvcc take them in C++17.
 #include "pieces/integers.cuh"
 

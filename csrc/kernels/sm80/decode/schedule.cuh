@@ -24,7 +24,7 @@ struct DecodeCursor {
 //
 // splits == 0: an equal share of all key tiles, one query tile after the other, for each worker and key head.  The line goes through the
 // sequences and the query tiles of each.  The thread blocks of one worker's heads are neighbours in the grid: they read the same rows of the
-// cache, which lie side by side, at the same time (benchmarks/README.md, "Decoding").
+// cache, which lie side by side, at the same time (docs/tuning.md, "Decoding").
 template <class Traits>
 struct DecodeSchedule {
   DecodeKernelParams const& params;
