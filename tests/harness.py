@@ -62,7 +62,8 @@ def peek_rng_state(like: Tensor, sequences: int, heads: int) -> Tensor:
     """(seed, offset) that the next call with dropout draws; the generators stay as they are."""
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
         dtype = torch.float16 if like.is_cuda else torch.float32
-        q = torch.zeros(sequences, 1, heads, 8, dtype=dtype, device=like.device)
+        head_dim = 64  # that every isa's kernels have
+        q = torch.zeros(sequences, 1, heads, head_dim, dtype=dtype, device=like.device)
         options = (0.5, 1.0, False, -1, -1, 0.0, None, False)
         return torch.ops.flash_attn._flash_attn_forward(q, q, q, *options)[3].cpu()
 
