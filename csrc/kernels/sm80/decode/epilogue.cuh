@@ -10,6 +10,14 @@
 
 namespace flash::sm80 {
 
+// Parts of a row on their way to a thread in the kernels for many queries, at most.  With four, that for head dimension 128 spilled 52 bytes
+// for sm_120.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kMostWideAtOnce = 2;
+#else
+constexpr int kMostWideAtOnce = 4;
+#endif
+
 // Results of parts of a tile's keys: rows of unnormalised O, fp32, and their states.  Part 0 lies apart, the others `step` after each other.
 struct PartSource {
   float const *o_first, *o_base;
@@ -154,7 +162,8 @@ struct DecodeEpilogue {
 
   // Merges the parts of the share's rows.  The target may be where one of the parts lies.
   CUTE_DEVICE void merge(PartSource const& source, RowShare share, MergeTarget target) const {
-    constexpr int kAtOnce = Traits::kTile.at_once;
+    constexpr int kTileAtOnce = Traits::kTile.at_once;
+    constexpr int kAtOnce = Traits::kNarrow ? kTileAtOnce : min_of(kTileAtOnce, kMostWideAtOnce);
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float4 x[kAtOnce];
     auto const load = [&](int first, int row, int chunk) {
