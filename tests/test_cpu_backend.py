@@ -224,7 +224,8 @@ def test_what_a_mask_hides_may_hold_anything(name: str, value: float, dtype: str
         if result in ("dk", "dv") and name in ("k", "v"):
             continue  # later queries see it and these keys
         error = (ours[:, rows].double() - want[:, rows].double()).abs().max()
-        assert error <= 4 * torch.finfo(want.dtype).eps * want.abs().max(), result
+        # Broken heads are computed anew by other means, whose sums have another order.
+        assert error <= 8 * torch.finfo(want.dtype).eps * want.abs().max(), result
     assert not all(t.isfinite().all() for t in broken)
 
 

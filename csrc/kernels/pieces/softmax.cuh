@@ -2,6 +2,7 @@
 // Running softmax of one query tile: reference maximum and sum per row, in base 2 with the scale folded into the exponent.
 // Used by: the forward main loops of sm80 and sm90.  Knows nothing of masks: hidden scores arrive as -inf.
 // Invariant: O and row_sum are relative to the same row_ref, once O has followed.
+#include "pieces/integers.cuh"
 #include "pieces/merge.cuh"
 #include "pieces/numeric.cuh"
 
