@@ -45,9 +45,9 @@ cudaError_t make_maps(FwdParams const& params, FwdMaps& maps) {
 }
 
 // Of the key heads that run together, each has 4 to 8 tiles on the way at once, which share what they read of K and V.  Causal at head
-// dimensions 128 and 256, fewer heads were up to 5 % slower from 4k tokens on, and more up to 10 % at 512 tokens, where K and V come from
-// memory again and again.  Groups of unequal size, 24 or 48 of 32 to 256 heads, were 1 to 5 % slower: the most is lowered until groups are
-// of about one size.
+// dimensions 128 and 256, fewer heads were up to 12 % slower from 4k tokens on, and more up to 10 % at 512 tokens, where K and V come from
+// memory again and again.  Groups of unequal size, 24 or 48 of 32 to 256 heads, were mostly 1 to 5 % slower: the most is lowered until groups
+// are of about one size.
 inline HeadBounds head_bounds(Problem const& problem) {
   int const heads = (problem.cu_seqlens_q ? 1 : problem.batch) * problem.heads_kv;
   int const most  = max_of(1, sm_count() / 4);
